@@ -1,0 +1,273 @@
+"""One pass over prompts with answers: what every unit does, as moments of its activations and first-order effects.
+
+    statistics = attribute(model, index, rows, groups=32, effects=True)
+
+Only activations get gradients, no weights: with effects the pass costs a forward and about one more for the
+gradients of the activations. Batches that do not fit are halved. Where accelerate keeps layers elsewhere, gradient
+checkpointing brings each back for its own part of the backward pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keelguard.batches import batches_by_length, pad
+from keelguard.errors import FailureError, UsageError
+from keelguard.progress import SILENT, Reporter
+from keelguard.units.index import Block, UnitIndex
+from keelguard.units.moments import Effects, Moments
+from keelguard.units.taps import tap
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence to read: T token ids, of which those in [start, stop) are predicted and scored.
+
+    Attributes:
+        group: the group of its prompt, for resampling.
+        sign: the objective is `sign` times the mean log-probability of the scored ids given what stands before.
+    """
+
+    ids: Sequence[int]
+    start: int
+    stop: int
+    group: int
+    sign: float = 1.0
+
+
+@dataclass
+class Statistics:
+    """What a pass found, block by block: `moments` at scored tokens, and `effects` where they were asked for."""
+
+    moments: list[Moments]
+    effects: list[Effects] | None
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, atomically."""
+        from safetensors.torch import save_file
+
+        from keelguard.runs import disk_errors
+
+        tensors: dict[str, torch.Tensor] = {}
+        for what, parts in (("moments", self.moments), ("effects", self.effects or [])):
+            for number, part in enumerate(parts):
+                tensors.update({f"{what}.{number}.{k}": v.cpu().contiguous() for k, v in vars(part).items()})
+        temporary = path.with_suffix(".tmp")
+        with disk_errors(path):
+            save_file(tensors, temporary)
+            temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """The inverse of `save`.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path}: cannot be read ({error}); remove it and run the command again") from error
+
+        def parts(what: str, kind: Any) -> list[Any]:
+            blocks: dict[int, dict[str, torch.Tensor]] = {}
+            for key, tensor in tensors.items():
+                family, number, name = key.split(".")
+                if family == what:
+                    blocks.setdefault(int(number), {})[name] = tensor
+            return [kind(**blocks[number]) for number in sorted(blocks)]
+
+        return cls(parts("moments", Moments), parts("effects", Effects) or None)
+
+
+def attribute(
+    model: Any,
+    index: UnitIndex,
+    rows: Sequence[Row],
+    *,
+    groups: int,
+    effects: bool,
+    batch_size: int = 16,
+    pad_id: int = 0,
+    last_token: bool = False,
+    reporter: Reporter = SILENT,
+    label: str = "attribution",
+) -> Statistics:
+    """Read rows through a model in evaluation mode and collect the statistics of its units.
+
+    Args:
+        effects: also the effects on each row's objective, by one backward pass.
+        last_token: take moments at the last token before the scored ones alone (the end of the prompt), in place of
+            the tokens at which the scored ones stand.
+
+    Under torch.distributed every process reads its share of the rows, and all return the merged statistics.
+
+    Raises:
+        FailureError: one row alone does not fit in memory.
+    """
+    collector = _Collector(index, groups, effects, model.device)
+    mine = list(rows)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed:
+        mine = mine[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    waiting = batches_by_length([len(row.ids) for row in mine], batch_size)[::-1]
+    with reporter.step(label, len(mine)) as advance, _reading(model, effects), tap(model, index, collector):
+        while waiting:
+            numbers = waiting.pop()
+            batch = [mine[i] for i in numbers]
+            try:
+                collector.read(model, batch, pad_id, last_token)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise FailureError(
+                        f"attribution: a row of {len(batch[0].ids)} tokens does not fit in memory; shorten the data, "
+                        "load the model in bfloat16 (--dtype), or let accelerate spread it (--device auto)"
+                    ) from error
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                middle = len(numbers) // 2
+                waiting += [numbers[middle:], numbers[:middle]]
+                continue
+            advance(len(batch))
+    if distributed:
+        for part in [*collector.moments, *(collector.effects or [])]:
+            part.all_reduce()
+    return Statistics(collector.moments, collector.effects)
+
+
+class _Collector:
+    """The callback of the taps: it knows which tokens of the running batch are scored and to which groups they go.
+
+    What a batch gave counts only when all of it is there: a batch that breaks off leaves nothing behind.
+    """
+
+    def __init__(self, index: UnitIndex, groups: int, effects: bool, device: Any) -> None:
+        device = "cpu" if torch.device(device).type == "mps" else device
+        self.numbers = {(block.module, block.expert): number for number, block in enumerate(index.blocks)}
+        self.moments = [Moments.empty(groups, block.width, device) for block in index.blocks]
+        self.effects = [Effects.empty(groups, block.size, device) for block in index.blocks] if effects else None
+        self.device = device
+        self.active = False
+        self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.found: dict[int, torch.Tensor] = {}
+
+    def read(self, model: Any, batch: Sequence[Row], pad_id: int, last_token: bool) -> None:
+        """One batch, forward and, for effects, backward."""
+        inputs = pad([row.ids for row in batch], pad_id, side="right")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        width = inputs["input_ids"].shape[1]
+        self.rows, self.width = len(batch), width
+        token_groups = torch.full((len(batch), width), -1)
+        for number, row in enumerate(batch):
+            token_groups[number, row.start - 1 if last_token else row.start : row.start if last_token else row.stop] = (
+                row.group
+            )
+        self.token_groups = token_groups.flatten().to(model.device)
+        self.scored = (self.token_groups >= 0).nonzero().flatten()
+        self.seen, self.found, self.active = [], {}, True
+        with torch.set_grad_enabled(self.effects is not None):
+            if self.effects is None:
+                # The head is not needed, and with a large vocabulary it is dear.
+                model.get_decoder()(**inputs, use_cache=False)
+            else:
+                objective = _objective(model, inputs, batch)
+                self.active = False
+                objective.backward()
+        self._count(torch.tensor([row.group for row in batch], device=self.device))
+
+    def _count(self, groups: torch.Tensor) -> None:
+        for number, x, token_groups in self.seen:
+            self.moments[number].update(x.to(self.device), token_groups.to(self.device))
+        if self.effects is not None:
+            for number, effects in enumerate(self.effects):
+                # An expert to which no token was routed has no effect.
+                found = self.found.get(number)
+                none = torch.zeros(len(groups), effects.signed.shape[1], device=self.device)
+                effects.update(none if found is None else found.to(self.device), groups)
+
+    def __call__(self, block: Block, x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
+        # Gradient checkpointing runs the layers once more; what they show then has been seen.
+        if not self.active:
+            return None
+        number = self.numbers[block.module, block.expert]
+        if tokens is None:
+            scored, groups = self.scored, self.token_groups
+        else:
+            groups = self.token_groups[tokens]
+            scored = (groups >= 0).nonzero().flatten()
+        scored = scored.to(x.device)
+        self.seen.append((number, x.detach()[scored], groups.to(x.device)[scored]))
+        if self.effects is None:
+            return None
+        kept = x.detach()
+
+        def keep(gradient: torch.Tensor) -> None:
+            self.found[number] = self._per_row(block, kept * gradient, tokens)
+
+        x.register_hook(keep)
+        return x
+
+    def _per_row(self, block: Block, effect: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Effects (S, channels) of tokens → (rows, units), in float32 at least."""
+        effect = effect.float()
+        if tokens is None:
+            effect = effect.view(self.rows, self.width, -1).sum(1)
+        else:
+            rows = torch.zeros(self.rows, effect.shape[1], device=effect.device)
+            effect = rows.index_add_(0, tokens // self.width, effect)
+        return effect[:, block.channels.to(effect.device)].sum(-1)
+
+
+def _objective(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]) -> torch.Tensor:
+    """Σ over rows of sign × mean log-probability of the scored ids."""
+    places = [(number, t) for number, row in enumerate(batch) for t in range(row.start, row.stop)]
+    rows, columns = (torch.tensor(axis) for axis in zip(*places, strict=True))
+    weights = torch.tensor([row.sign / (row.stop - row.start) for row in batch for _ in range(row.start, row.stop)])
+    # Logits are made for the columns that some row needs: with a large vocabulary they are dear.
+    kept, column = (columns - 1).unique(return_inverse=True)
+    logits = model(**inputs, use_cache=False, logits_to_keep=kept.to(model.device)).logits
+    rows, columns, column, weights = (t.to(logits.device) for t in (rows, columns, column, weights))
+    scores = logits[rows, column].float().log_softmax(-1)
+    wanted = inputs["input_ids"].to(logits.device)[rows, columns]
+    return (scores.gather(-1, wanted[:, None])[:, 0] * weights).sum()
+
+
+@contextmanager
+def _reading(model: Any, effects: bool) -> Iterator[None]:
+    """Evaluation mode, with gradients for activations and for no weight where there are effects."""
+    training = model.training
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    handle = None
+    checkpointing = effects and _offloaded(model) and not model.is_gradient_checkpointing
+    if effects:
+        handle = model.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_(True))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers checkpoints in training mode alone; dropout stays off, for its modules stay in evaluation mode.
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.train(training)
+        for parameter, was in wanted.items():
+            parameter.requires_grad_(was)
+
+
+def _offloaded(model: Any) -> bool:
+    """Whether accelerate keeps some of the model on the CPU or on disk while another device runs it."""
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    return bool(places & {"cpu", "disk"}) or any(p.device.type == "meta" for p in model.parameters())

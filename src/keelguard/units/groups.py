@@ -1,0 +1,257 @@
+"""The unit map: every unit labelled SCU, UCU, CU or RU, with the evidence for it, as safetensors + JSON.
+
+    chart = UnitMap.load("runs/diagnose")
+    frozen = chart.select("scu,cu:0.06")            # all SCU, and the CU that matter most, 6 % of all units
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from keelguard.errors import UsageError
+from keelguard.runs import disk_errors, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from keelguard.units.index import UnitIndex
+
+FORMAT = "keelguard.units/1"
+GROUPS = ("CU", "SCU", "UCU", "RU")
+"""The groups; a label is the place in this tuple."""
+
+Ranking = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shares of all units that the groups hold; CU is the rest."""
+
+    scu: float = field(default=0.02, metadata={"help": "share of safety-critical units"})
+    ucu: float = field(default=0.02, metadata={"help": "share of utility-critical units"})
+    ru: float = field(default=0.2, metadata={"help": "share of redundant units"})
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share < 1:
+                raise UsageError(f"--{name} {share}: give a share of all units in [0, 1)")
+        if sum(vars(self).values()) > 1:
+            raise UsageError(f"--scu, --ucu and --ru add up to {sum(vars(self).values()):.2f}; give at most 1 in all")
+
+
+def order(safety: "torch.Tensor", utility: "torch.Tensor", group: str) -> "torch.Tensor":
+    """Units (units,) int64 in the order in which a group takes them, by normalised importance (paper, section 3.2).
+
+    SCU: largest I_S − I_U; UCU: smallest; RU: smallest |I_S| + I_U; CU: largest |I_S| + I_U. The absolute value is
+    ours: a signed score calls a unit that works against refusal unimportant, and it is not redundant.
+    """
+    keys = {
+        "SCU": safety - utility,
+        "UCU": utility - safety,
+        "RU": -(safety.abs() + utility),
+        "CU": safety.abs() + utility,
+    }
+    return keys[group].argsort(descending=True, stable=True)
+
+
+def classify(
+    safety: "torch.Tensor", utility: "torch.Tensor", blocks: Sequence[int], sizes: Sizes, ranking: Ranking = "global"
+) -> "torch.Tensor":
+    """Labels (units,) int8 of all units.
+
+    Args:
+        safety, utility: normalised importance (units,).
+        blocks: the number of units of each block, in order.
+        ranking: rank over the whole model, or the same share within each block.
+    """
+    import torch
+
+    if ranking == "layer":
+        parts = zip(safety.split(list(blocks)), utility.split(list(blocks)), strict=True)
+        return torch.cat([classify(s, u, [len(s)], sizes) for s, u in parts])
+    labels = torch.zeros(len(safety), dtype=torch.int8)
+    for label, group in ((1, "SCU"), (2, "UCU"), (3, "RU")):
+        count = round(getattr(sizes, group.lower()) * len(safety))
+        ranked = order(safety, utility, group)
+        free = ranked[labels[ranked] == 0]
+        labels[free[:count]] = label
+    return labels
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """What a diagnosis found.
+
+    Attributes:
+        labels: (units,) int8, places in `GROUPS`.
+        safety, utility: normalised importance (units,) float64 by the score that ranks.
+        raw: importance as measured, by score and use: raw["decision"]["safety"] (units,).
+        layout: the blocks as `UnitIndex.layout` gives them.
+        weights: hash of the weights that the map describes.
+        meta: score, ranking, sizes, settings, data with hashes, coverage, stability, overlap, cost.
+    """
+
+    labels: "torch.Tensor"
+    safety: "torch.Tensor"
+    utility: "torch.Tensor"
+    raw: Mapping[str, Mapping[str, "torch.Tensor"]]
+    layout: list[dict[str, Any]]
+    attention: str
+    weights: str
+    meta: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The number of units of each block."""
+        return [block["units"] for block in self.layout]
+
+    def members(self, group: str) -> "torch.Tensor":
+        """The units of a group as a mask (units,).
+
+        Raises:
+            UsageError: there is no such group.
+        """
+        if group.upper() not in GROUPS:
+            raise UsageError(f"group {group!r}: unknown; choose from {', '.join(GROUPS).lower()}")
+        return self.labels == GROUPS.index(group.upper())
+
+    def ranked(self, group: str) -> "torch.Tensor":
+        """All units, (units,) int64, in the order in which a group takes them."""
+        return order(self.safety, self.utility, group.upper())
+
+    def top(self, group: str, share: float) -> "torch.Tensor":
+        """A mask (units,) of that share of all units, the first in a group's order whatever their label."""
+        import torch
+
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[self.ranked(group)[: round(share * len(self))]] = True
+        return mask
+
+    def select(self, text: str) -> "torch.Tensor":
+        """A mask (units,) from words such as "scu,cu:0.06".
+
+        GROUP takes a whole group; GROUP:SHARE the first of it, up to that share of all units; `all` everything.
+
+        Raises:
+            UsageError: the text is not of this form.
+        """
+        import torch
+
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        for word in filter(None, (word.strip() for word in text.replace("+", ",").split(","))):
+            group, _, share = word.partition(":")
+            if group.lower() == "all" and not share:
+                mask[:] = True
+                continue
+            members = self.members(group)
+            if share:
+                try:
+                    count = round(float(share) * len(self))
+                except ValueError as error:
+                    raise UsageError(f"{word!r}: {share!r} is no share; write, for example, cu:0.06") from error
+                ranked = self.ranked(group)
+                members = torch.zeros_like(members).index_fill_(0, ranked[members[ranked]][:count], True)
+            mask |= members
+        if not mask.any():
+            raise UsageError(f"{text!r}: selects no unit; name groups of the map, as in scu,cu:0.06")
+        return mask
+
+    def counts(self) -> dict[str, int]:
+        """Units per group."""
+        return {group: int(self.members(group).sum()) for group in GROUPS}
+
+    def place(self, index: "UnitIndex", weights: str | None = None) -> "UnitMap":
+        """The map itself, when it fits a model.
+
+        Args:
+            weights: the hash of the model's weights; None when a changed model is meant to be used with the map.
+
+        Raises:
+            UsageError: the map was made for another architecture or for other weights.
+        """
+        if index.layout != self.layout:
+            raise UsageError(
+                f"the unit map holds {len(self)} units in {len(self.layout)} blocks, the model has {len(index)} in "
+                f"{len(index.blocks)}: it was made for another architecture. Run `keelguard diagnose` on this model"
+            )
+        if weights is not None and weights != self.weights:
+            raise UsageError(
+                f"the unit map was made for weights {self.weights[:16]}, the model has {weights[:16]}; "
+                "run `keelguard diagnose` on this model, or name the model that the map was made for"
+            )
+        return self
+
+    def relabelled(self, sizes: Sizes, ranking: Ranking = "global") -> "UnitMap":
+        """The same scores with groups of other sizes."""
+        labels = classify(self.safety, self.utility, self.blocks, sizes, ranking)
+        return replace(self, labels=labels, meta={**self.meta, "sizes": vars(sizes), "ranking": ranking})
+
+    def save(self, folder: str | Path) -> None:
+        """Write map.safetensors and map.json, each atomically; the JSON comes last and vouches for the other.
+
+        Raises:
+            FailureError: the disk is full or the folder cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        tensors = {"labels": self.labels, "safety": self.safety, "utility": self.utility}
+        for score, uses in self.raw.items():
+            tensors.update({f"raw.{score}.{use}": value.contiguous() for use, value in uses.items()})
+        temporary = folder / ".map.safetensors.tmp"
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={"format": FORMAT})
+            temporary.replace(folder / "map.safetensors")
+        write_json(
+            folder / "map.json",
+            {
+                "format": FORMAT,
+                "weights": self.weights,
+                "attention": self.attention,
+                "groups": self.counts(),
+                "blocks": self.layout,
+                **self.meta,
+            },
+        )
+
+    @classmethod
+    def load(cls, source: str | Path) -> "UnitMap":
+        """Read a map from its folder, or from either of its files.
+
+        Raises:
+            UsageError: there is no map, it is damaged, or of another format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(source)
+        folder = folder if folder.is_dir() else folder.parent
+        if not (folder / "map.json").is_file():
+            raise UsageError(f"--units {source}: no unit map there; make one with `keelguard diagnose MODEL --out DIR`")
+        content = read_json(folder / "map.json")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else json.dumps(content)[:20]
+            raise UsageError(f"{folder / 'map.json'}: has the format {found!r}, not {FORMAT}; diagnose the model again")
+        try:
+            tensors = load_file(folder / "map.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{folder / 'map.safetensors'}: cannot be read ({error}); diagnose again") from error
+        raw: dict[str, dict[str, Any]] = {}
+        for key in sorted(tensors):
+            if key.startswith("raw."):
+                _, score, use = key.split(".")
+                raw.setdefault(score, {})[use] = tensors[key]
+        meta = {k: v for k, v in content.items() if k not in ("format", "weights", "attention", "groups", "blocks")}
+        chart = cls(
+            tensors["labels"], tensors["safety"], tensors["utility"], raw, content["blocks"], content["attention"],
+            content["weights"], meta,
+        )  # fmt: skip
+        if sum(chart.blocks) != len(chart):
+            raise UsageError(f"{folder}: map.json and map.safetensors do not belong together; diagnose the model again")
+        return chart

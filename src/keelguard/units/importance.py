@@ -1,0 +1,113 @@
+"""How important every unit is, for safety and for utility: four scores behind one function, pure arithmetic.
+
+| score | safety | utility |
+|---|---|---|
+| `decision` | mean effect on log P(refusal) − log P(compliance) where the choice is made | mean |effect| on the answers |
+| `taylor` | mean |effect| on the model's own safe answers | mean |effect| on the answers |
+| `variance` | variance of the activation × squared norm of B's column (the paper's, after FLAP) | the same |
+| `wanda` | root mean square of the activation × norm of B's column (Sun et al. 2023, arXiv 2306.11695) | the same |
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from keelguard.units.attribution import Statistics
+from keelguard.units.index import UnitIndex, parameters_by_name
+
+SCORES = ("decision", "taylor", "variance", "wanda")
+WITHIN_BLOCK = ("variance", "wanda")
+"""Scores that are compared within a layer and module first, as in FLAP (An et al. 2023, arXiv 2312.11983, eq. 6)."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance of all units, float64 (units,): as measured, before any normalisation."""
+
+    safety: torch.Tensor
+    utility: torch.Tensor
+
+
+def output_norms(model: Any, index: UnitIndex) -> list[torch.Tensor]:
+    """‖B[:, j]‖² of every block's channels, float64 (channels,) on the CPU."""
+    named = parameters_by_name(model)
+    norms = []
+    for block in index.blocks:
+        part = block.output
+        weight = named[part.parameter].detach()
+        weight = weight if part.at is None else weight[part.at]
+        norms.append(weight.double().square().sum(1 - part.dim).cpu())
+    return norms
+
+
+def importance(
+    score: Literal["decision", "taylor", "variance", "wanda"],
+    index: UnitIndex,
+    statistics: Mapping[str, Statistics],
+    norms: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Importance:
+    """The importance of every unit by one score.
+
+    Args:
+        statistics: of "safety" and "utility", and for the decision score of "decision".
+        norms: from `output_norms`.
+        weights: how often each group of prompts counts, (groups,) by the name of the statistics; once by default.
+            A set that is missing from `statistics` has importance 0.
+    """
+    weights = weights or {}
+
+    def one(name: str) -> torch.Tensor:
+        found = statistics.get(name)
+        if found is None:
+            return torch.zeros(len(index), dtype=torch.float64)
+        chosen = weights.get(name)
+        if score in ("decision", "taylor"):
+            return _effects(found, signed=name == "decision", weights=chosen)
+        return _activations(found, index, norms, root=score == "wanda", weights=chosen)
+
+    return Importance(one("decision" if score == "decision" else "safety"), one("utility"))
+
+
+def _effects(found: Statistics, *, signed: bool, weights: torch.Tensor | None) -> torch.Tensor:
+    assert found.effects is not None
+    means = [part.means(weights) for part in found.effects]
+    return torch.cat([mean if signed else absolute for mean, absolute in means]).cpu()
+
+
+def _activations(
+    found: Statistics, index: UnitIndex, norms: Sequence[torch.Tensor], *, root: bool, weights: torch.Tensor | None
+) -> torch.Tensor:
+    parts = []
+    for block, moments, norm in zip(index.blocks, found.moments, norms, strict=True):
+        pooled = moments.pooled(weights)
+        channels = (pooled.square.cpu() * norm).sqrt() if root else pooled.variance.cpu() * norm
+        parts.append(channels[block.channels].sum(-1))
+    return torch.cat(parts)
+
+
+def normalise(values: torch.Tensor, blocks: Sequence[int], within_block: bool) -> torch.Tensor:
+    """z-scores (units,), over the whole model or within each block; a block of equal values becomes 0.
+
+    Args:
+        blocks: the number of units of each block, in order.
+    """
+    parts = values.split(list(blocks)) if within_block else (values,)
+    return torch.cat([_z(part, part) for part in parts])
+
+
+def normalise_as(
+    values: torch.Tensor, reference: torch.Tensor, blocks: Sequence[int], within_block: bool
+) -> torch.Tensor:
+    """`values` (units,) on the scale of another model's values, so that thresholds of that one mean the same here."""
+    if not within_block:
+        return _z(values, reference)
+    pairs = zip(values.split(list(blocks)), reference.split(list(blocks)), strict=True)
+    return torch.cat([_z(part, scale) for part, scale in pairs])
+
+
+def _z(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    spread = scale.std(correction=0)
+    return (values - scale.mean()) / spread if spread > 0 else torch.zeros_like(values)
