@@ -142,6 +142,19 @@ def attribute(
     return Statistics(collector.moments, collector.effects)
 
 
+@torch.inference_mode()
+def objectives(model: Any, rows: Sequence[Row], *, batch_size: int = 16, pad_id: int = 0) -> torch.Tensor:
+    """Each row's objective (rows,) float32: `sign` times the mean log-probability of its scored ids."""
+    found = torch.zeros(len(rows))
+    for numbers in batches_by_length([len(row.ids) for row in rows], batch_size):
+        batch = [rows[i] for i in numbers]
+        inputs = pad([row.ids for row in batch], pad_id, side="right")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        scores, owners = _scored(model, inputs, batch)
+        found[torch.tensor(numbers)] = torch.zeros(len(batch)).index_add_(0, owners.cpu(), scores.cpu())
+    return found
+
+
 class _Collector:
     """The callback of the taps: it knows which tokens of the running batch are scored and to which groups they go.
 
@@ -177,7 +190,7 @@ class _Collector:
                 # The head is not needed, and with a large vocabulary it is dear.
                 model.get_decoder()(**inputs, use_cache=False)
             else:
-                objective = _objective(model, inputs, batch)
+                objective = _scored(model, inputs, batch)[0].sum()
                 self.active = False
                 objective.backward()
         self._count(torch.tensor([row.group for row in batch], device=self.device))
@@ -225,8 +238,10 @@ class _Collector:
         return effect[:, block.channels.to(effect.device)].sum(-1)
 
 
-def _objective(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]) -> torch.Tensor:
-    """Σ over rows of sign × mean log-probability of the scored ids."""
+def _scored(
+    model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted log-probability of every scored id (S,), and the row that it belongs to (S,)."""
     places = [(number, t) for number, row in enumerate(batch) for t in range(row.start, row.stop)]
     rows, columns = (torch.tensor(axis) for axis in zip(*places, strict=True))
     weights = torch.tensor([row.sign / (row.stop - row.start) for row in batch for _ in range(row.start, row.stop)])
@@ -236,7 +251,7 @@ def _objective(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]
     rows, columns, column, weights = (t.to(logits.device) for t in (rows, columns, column, weights))
     scores = logits[rows, column].float().log_softmax(-1)
     wanted = inputs["input_ids"].to(logits.device)[rows, columns]
-    return (scores.gather(-1, wanted[:, None])[:, 0] * weights).sum()
+    return scores.gather(-1, wanted[:, None])[:, 0] * weights, rows
 
 
 @contextmanager

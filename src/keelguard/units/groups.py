@@ -41,40 +41,39 @@ class Sizes:
             raise UsageError(f"--scu, --ucu and --ru add up to {sum(vars(self).values()):.2f}; give at most 1 in all")
 
 
-def order(safety: "torch.Tensor", utility: "torch.Tensor", group: str) -> "torch.Tensor":
-    """Units (units,) int64 in the order in which a group takes them, by normalised importance (paper, section 3.2).
+def order(contrast: "torch.Tensor", strength: "torch.Tensor", group: str) -> "torch.Tensor":
+    """Units (units,) int64 in the order in which a group takes them (paper, section 3.2).
 
-    SCU: largest I_S − I_U; UCU: smallest; RU: smallest |I_S| + I_U; CU: largest |I_S| + I_U. The absolute value is
-    ours: a signed score calls a unit that works against refusal unimportant, and it is not redundant.
+    SCU: largest I_S − I_U; UCU: smallest; RU: smallest I_S + I_U; CU: largest I_S + I_U.
+
+    Args:
+        contrast: I_S − I_U, normalised.
+        strength: I_S + I_U, normalised, with the size of I_S where it is signed: a unit that works against refusal
+            is not redundant.
     """
-    keys = {
-        "SCU": safety - utility,
-        "UCU": utility - safety,
-        "RU": -(safety.abs() + utility),
-        "CU": safety.abs() + utility,
-    }
+    keys = {"SCU": contrast, "UCU": -contrast, "RU": -strength, "CU": strength}
     return keys[group].argsort(descending=True, stable=True)
 
 
 def classify(
-    safety: "torch.Tensor", utility: "torch.Tensor", blocks: Sequence[int], sizes: Sizes, ranking: Ranking = "global"
+    contrast: "torch.Tensor", strength: "torch.Tensor", blocks: Sequence[int], sizes: Sizes, ranking: Ranking = "global"
 ) -> "torch.Tensor":
     """Labels (units,) int8 of all units.
 
     Args:
-        safety, utility: normalised importance (units,).
+        contrast, strength: see `order`.
         blocks: the number of units of each block, in order.
         ranking: rank over the whole model, or the same share within each block.
     """
     import torch
 
     if ranking == "layer":
-        parts = zip(safety.split(list(blocks)), utility.split(list(blocks)), strict=True)
-        return torch.cat([classify(s, u, [len(s)], sizes) for s, u in parts])
-    labels = torch.zeros(len(safety), dtype=torch.int8)
+        parts = zip(contrast.split(list(blocks)), strength.split(list(blocks)), strict=True)
+        return torch.cat([classify(c, s, [len(c)], sizes) for c, s in parts])
+    labels = torch.zeros(len(contrast), dtype=torch.int8)
     for label, group in ((1, "SCU"), (2, "UCU"), (3, "RU")):
-        count = round(getattr(sizes, group.lower()) * len(safety))
-        ranked = order(safety, utility, group)
+        count = round(getattr(sizes, group.lower()) * len(contrast))
+        ranked = order(contrast, strength, group)
         free = ranked[labels[ranked] == 0]
         labels[free[:count]] = label
     return labels
@@ -86,7 +85,7 @@ class UnitMap:
 
     Attributes:
         labels: (units,) int8, places in `GROUPS`.
-        safety, utility: normalised importance (units,) float64 by the score that ranks.
+        contrast, strength: normalised I_S − I_U and I_S + I_U (units,) float64 by the score that ranks; see `order`.
         raw: importance as measured, by score and use: raw["decision"]["safety"] (units,).
         layout: the blocks as `UnitIndex.layout` gives them.
         weights: hash of the weights that the map describes.
@@ -94,8 +93,8 @@ class UnitMap:
     """
 
     labels: "torch.Tensor"
-    safety: "torch.Tensor"
-    utility: "torch.Tensor"
+    contrast: "torch.Tensor"
+    strength: "torch.Tensor"
     raw: Mapping[str, Mapping[str, "torch.Tensor"]]
     layout: list[dict[str, Any]]
     attention: str
@@ -122,7 +121,7 @@ class UnitMap:
 
     def ranked(self, group: str) -> "torch.Tensor":
         """All units, (units,) int64, in the order in which a group takes them."""
-        return order(self.safety, self.utility, group.upper())
+        return order(self.contrast, self.strength, group.upper())
 
     def top(self, group: str, share: float) -> "torch.Tensor":
         """A mask (units,) of that share of all units, the first in a group's order whatever their label."""
@@ -188,7 +187,7 @@ class UnitMap:
 
     def relabelled(self, sizes: Sizes, ranking: Ranking = "global") -> "UnitMap":
         """The same scores with groups of other sizes."""
-        labels = classify(self.safety, self.utility, self.blocks, sizes, ranking)
+        labels = classify(self.contrast, self.strength, self.blocks, sizes, ranking)
         return replace(self, labels=labels, meta={**self.meta, "sizes": vars(sizes), "ranking": ranking})
 
     def save(self, folder: str | Path) -> None:
@@ -200,7 +199,7 @@ class UnitMap:
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        tensors = {"labels": self.labels, "safety": self.safety, "utility": self.utility}
+        tensors = {"labels": self.labels, "contrast": self.contrast, "strength": self.strength}
         for score, uses in self.raw.items():
             tensors.update({f"raw.{score}.{use}": value.contiguous() for use, value in uses.items()})
         temporary = folder / ".map.safetensors.tmp"
@@ -249,7 +248,7 @@ class UnitMap:
                 raw.setdefault(score, {})[use] = tensors[key]
         meta = {k: v for k, v in content.items() if k not in ("format", "weights", "attention", "groups", "blocks")}
         chart = cls(
-            tensors["labels"], tensors["safety"], tensors["utility"], raw, content["blocks"], content["attention"],
+            tensors["labels"], tensors["contrast"], tensors["strength"], raw, content["blocks"], content["attention"],
             content["weights"], meta,
         )  # fmt: skip
         if sum(chart.blocks) != len(chart):

@@ -10,7 +10,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -88,26 +88,37 @@ def _activations(
     return torch.cat(parts)
 
 
-def normalise(values: torch.Tensor, blocks: Sequence[int], within_block: bool) -> torch.Tensor:
-    """z-scores (units,), over the whole model or within each block; a block of equal values becomes 0.
+class Standard(NamedTuple):
+    """Normalised importance (units,): I_S − I_U, and I_S + I_U with the size of a signed I_S."""
+
+    contrast: torch.Tensor
+    strength: torch.Tensor
+
+
+def standardise(
+    found: Importance, score: str, blocks: Sequence[int], reference: Importance | None = None
+) -> Standard:
+    """z-score the importance for safety and for utility, each over the model or within each block; then compare them.
 
     Args:
         blocks: the number of units of each block, in order.
+        reference: importance in another model, whose means and spreads are used, so that its thresholds mean the
+            same here.
     """
-    parts = values.split(list(blocks)) if within_block else (values,)
-    return torch.cat([_z(part, part) for part in parts])
+    reference = reference or found
+    parts = blocks if score in WITHIN_BLOCK else [len(found.safety)]
 
+    def z(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        pairs = zip(values.split(list(parts)), scale.split(list(parts)), strict=True)
+        return torch.cat([_z(value, by) for value, by in pairs])
 
-def normalise_as(
-    values: torch.Tensor, reference: torch.Tensor, blocks: Sequence[int], within_block: bool
-) -> torch.Tensor:
-    """`values` (units,) on the scale of another model's values, so that thresholds of that one mean the same here."""
-    if not within_block:
-        return _z(values, reference)
-    pairs = zip(values.split(list(blocks)), reference.split(list(blocks)), strict=True)
-    return torch.cat([_z(part, scale) for part, scale in pairs])
+    utility = z(found.utility, reference.utility)
+    return Standard(
+        z(found.safety, reference.safety) - utility, z(found.safety.abs(), reference.safety.abs()) + utility
+    )
 
 
 def _z(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Where all of the scale is equal, as in a block of one unit, nothing differs from it by a known measure: 0."""
     spread = scale.std(correction=0)
     return (values - scale.mean()) / spread if spread > 0 else torch.zeros_like(values)

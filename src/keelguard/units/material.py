@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keelguard.attacks.base import Attempt
@@ -61,6 +62,7 @@ def prepare(
     max_new_tokens: int = 64,
     batch_size: int = 0,
     seed: int = 0,
+    store: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Material:
     """Let the model answer, keep what it refuses and what it answers, and encode both.
@@ -70,15 +72,23 @@ def prepare(
         utility: benign requests; an answer that the data brings is taken as it is.
         groups: at most this many groups of prompts for resampling, dealt out to the safety data sets.
         tokens: length of the openings of compliance.
+        store: a folder that keeps the model's own answers, so that an interrupted run goes on.
 
     Raises:
         UsageError: the model refuses less than half of a safety data set, or too few prompts are left.
     """
     generating = Generating(max_new_tokens, batch_size, seed)
 
-    def own(requests: Sequence[Request], label: str) -> list[str]:
-        attempts = [Attempt(request, request.messages) for request in requests]
-        texts = answer(loaded.model, loaded.tokenizer, attempts, generating, reporter=reporter, label=label)
+    def own(requests: Sequence[Request], what: str) -> list[str]:
+        texts = answer(
+            loaded.model,
+            loaded.tokenizer,
+            [Attempt(request, request.messages) for request in requests],
+            generating,
+            store=None if store is None else store / f"{what.replace(' ', '-')}.jsonl",
+            reporter=reporter,
+            label=f"own answers: {what}",
+        )
         return [(text or "").strip() for text in texts]
 
     draw = random.Random(seed)
@@ -87,7 +97,7 @@ def prepare(
     sources: list[int] = []
     asked = 0
     for number, requests in enumerate(safety):
-        texts = own(requests, "own answers to harmful requests")
+        texts = own(requests, f"safety {number}")
         pairs = [(request, text) for request, text in zip(requests, texts, strict=True) if is_refusal(text)]
         asked += len(requests)
         _check_refused(loaded.source, len(pairs), len(requests))
@@ -97,7 +107,7 @@ def prepare(
         refused += pairs
     given = [request.answer for request in utility]
     missing = [request for request in utility if not request.answer]
-    made = iter(own(missing, "own answers to benign requests"))
+    made = iter(own(missing, "utility") if missing else ())
     answers = [text or next(made) for text in given]
     kept = [(r, t) for r, t in zip(utility, answers, strict=True) if t and not is_refusal(t) and not is_degenerate(t)]
     if len(kept) < FEWEST:
@@ -145,7 +155,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[Request,
 def _openings(loaded: LoadedModel, own: Any, utility: Sequence[Request], tokens: int) -> list[tuple[int, ...]]:
     """The most frequent first tokens of the model's own answers to benign requests."""
     some = utility[: 4 * FEWEST]
-    pairs = [(r, t) for r, t in zip(some, own(some, "own answers to benign requests"), strict=True) if t]
+    pairs = [(r, t) for r, t in zip(some, own(some, "compliance"), strict=True) if t]
     encoded = _encode(loaded.tokenizer, [(r, t) for r, t in pairs if not is_refusal(t)])
     openings = Counter(
         tuple(chat.ids[chat.response.start : chat.response.start + tokens])
