@@ -92,4 +92,4 @@ def _check_same(
         own, other = parameters[part.parameter], others.get(part.parameter)
         if other is None or other.shape != own.shape:
             found = "is missing" if other is None else f"has the shape {tuple(other.shape)}, not {tuple(own.shape)}"
-            raise UsageError(f"the model to revert to: {part.parameter} {found}; name the model that this one comes from")
+            raise UsageError(f"the model to revert to: {part.parameter} {found}; name the one that this comes from")

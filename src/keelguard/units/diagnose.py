@@ -27,12 +27,11 @@ from keelguard.progress import SILENT, Reporter
 from keelguard.records import Request
 from keelguard.runs import open_run, read_json, versions, write_json
 from keelguard.units import material as materials
-from keelguard.units import stability
 from keelguard.units.attribution import Row, Statistics, attribute, objectives
-from keelguard.units.groups import GROUPS, Ranking, Sizes, UnitMap, classify, order
+from keelguard.units.groups import Ranking, Sizes, UnitMap, classify
 from keelguard.units.importance import SCORES, WITHIN_BLOCK, Importance, importance, output_norms, standardise
 from keelguard.units.index import UnitIndex, build_index
-from keelguard.units.proof import Probe, Proof
+from keelguard.units.proof import Probe
 
 
 def _option(default: Any, help: str) -> Any:
@@ -72,7 +71,7 @@ class DiagnoseConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
         if not self.utility:
             raise UsageError("no utility data: name a file of benign requests with --utility")
-        self.sizes  # Refuses shares that are none.
+        Sizes(self.scu, self.ucu, self.ru)
 
     @property
     def sizes(self) -> Sizes:
@@ -93,7 +92,6 @@ class Diagnosis:
     decision: list[Row]
     held_out: dict[str, list[Request]]
     folder: Path
-    proof: Proof | None = None
 
     def label(self, weights: Mapping[str, torch.Tensor] | None = None, score: str | None = None) -> torch.Tensor:
         """Labels (units,) from prompts weighted anew, or by another score, at the map's sizes."""
@@ -165,8 +163,10 @@ def diagnose(
         found = Diagnosis(chart, index, loaded, statistics, norms, material, decision, held_out, folder)
         if config.scan and config.safety:
             found = _scanned(found, config, reporter)
+        from keelguard.units.evidence import stability_of
+
         with clock("stability"):
-            evidence = _evidence(found, config)
+            evidence = stability_of(found, config)
         meta = {**found.chart.meta, **evidence, "cost": clock.seconds}
         chart = UnitMap(**{**vars(found.chart), "meta": meta})
         chart.save(folder)
@@ -296,44 +296,6 @@ def _scanned(found: Diagnosis, config: DiagnoseConfig, reporter: Reporter) -> Di
     return Diagnosis(**{**vars(found), "chart": chart})
 
 
-def _evidence(found: Diagnosis, config: DiagnoseConfig) -> dict[str, Any]:
-    """Stability over resampled prompts, overlap of halves, of data sets and of scores."""
-    labels, material = found.chart.labels, found.material
-    groups = {"utility": max(material.utility_groups) + 1}
-    if material.safety:
-        groups["safety"] = max(material.safety_groups) + 1
-
-    def weighted(draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return found.label({use: _filled(weights, config.groups) for use, weights in draws.items()})
-
-    result: dict[str, Any] = {
-        "stability": stability.bootstrap_stability(labels, weighted, groups, config.bootstrap, config.seed)
-    }
-    split = {use: stability.halves(count, config.seed) for use, count in groups.items()}
-    sides = {}
-    for side, name in enumerate(("first half", "second half")):
-        weights = {use: pair[side] for use, pair in split.items()}
-        sides[name] = weighted({**weights, **({"decision": weights["safety"]} if "safety" in weights else {})})
-    result["overlap"] = {"halves of the prompts": stability.overlap(sides)}
-    sources = material.safety_sources
-    if len(set(sources)) > 1:
-        parts = {}
-        for number, source in enumerate(config.safety):
-            kept = stability.only(sources, number)
-            parts[Path(source).name if len(set(map(lambda s: Path(s).name, config.safety))) > 1 else source] = weighted(
-                {"safety": kept, "decision": kept}
-            )
-        result["overlap"]["data sets"] = stability.overlap(parts)
-    names = SCORES if config.safety else ("taylor", "variance", "wanda")
-    result["overlap"]["scores"] = stability.overlap({score: found.label(score=score) for score in names})
-    return result
-
-
-def _filled(weights: torch.Tensor, groups: int) -> torch.Tensor:
-    """Weights of the groups in use, with 0 for those that no prompt was dealt to."""
-    return torch.cat([weights, torch.zeros(groups - len(weights), dtype=weights.dtype)])
-
-
 class _Clock:
     """Seconds of each stage, kept over interruptions; a stage that was read from disk keeps its first time."""
 
@@ -357,5 +319,3 @@ class _Timing:
             self.clock.seconds.setdefault(self.stage, round(time.monotonic() - self.start, 3))
             write_json(self.clock.path, self.clock.seconds)
 
-
-__all__ = ["GROUPS", "DiagnoseConfig", "Diagnosis", "diagnose", "order", "plain"]

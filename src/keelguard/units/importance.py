@@ -1,11 +1,10 @@
 """How important every unit is, for safety and for utility: four scores behind one function, pure arithmetic.
 
-| score | safety | utility |
-|---|---|---|
-| `decision` | mean effect on log P(refusal) − log P(compliance) where the choice is made | mean |effect| on the answers |
-| `taylor` | mean |effect| on the model's own safe answers | mean |effect| on the answers |
-| `variance` | variance of the activation × squared norm of B's column (the paper's, after FLAP) | the same |
-| `wanda` | root mean square of the activation × norm of B's column (Sun et al. 2023, arXiv 2306.11695) | the same |
+- `decision`: for safety the mean effect on log P(refusal) − log P(compliance) where the choice is made, for utility the
+  mean |effect| on the answers.
+- `taylor`: the mean |effect| on the model's own safe answers, and on the answers to benign requests.
+- `variance`: variance of the activation × squared norm of B's column (the paper's, after FLAP).
+- `wanda`: root mean square of the activation × norm of B's column (Sun et al. 2023, arXiv 2306.11695).
 """
 
 from collections.abc import Mapping, Sequence
