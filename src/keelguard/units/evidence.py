@@ -72,7 +72,7 @@ def prove_diagnosis(
         found.loaded, found.index, sets, probe, sorted(config.shares), means=means, folder=folder, reporter=reporter
     )
     proof = replace(proof, exact=_singles(found, config, reporter) if config.singles else {})
-    write_json(found.folder / "proof.json", proof.to_json())
+    write_json(found.folder / "proof.json", {"map": found.chart.digest, **proof.to_json()})
     return proof
 
 

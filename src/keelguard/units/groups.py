@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keelguard.errors import UsageError
+from keelguard.hashes import sha256_of
 from keelguard.runs import disk_errors, read_json, write_json
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ class UnitMap:
     def blocks(self) -> list[int]:
         """The number of units of each block."""
         return [block["units"] for block in self.layout]
+
+    @property
+    def digest(self) -> str:
+        """The hash of the order of the units in every group and of the weights that it describes."""
+        ranked = {group: self.ranked(group).tolist() for group in GROUPS}
+        return sha256_of([self.weights, ranked])
 
     def members(self, group: str) -> "torch.Tensor":
         """The units of a group as a mask (units,).

@@ -283,23 +283,23 @@ class _Site(NamedTuple):
 def _blocks_of(layer_name: str, layer: Any, number: int, config: Any, attention: Attention) -> Iterator[Block]:
     """The blocks of one layer, numbered from 0; the caller sets where they start."""
     for inner, module in layer.named_modules():
-        name = canonical(f"{layer_name}.{inner}.").removesuffix(".")
-        block = f"layers.{number}{name.removeprefix(layer_name)}" if name != layer_name else f"layers.{number}.layer"
-        site = _Site(name, block, number, module)
+        name = canonical(f"{layer_name}.{inner}.").rstrip(".")
+        site = _Site(name, f"layers.{number}{name.removeprefix(layer_name) or '.layer'}", number, module)
+        linears = site.linears
         if {"gate_up_proj", "down_proj"} <= set(dict(module.named_parameters(recurse=False))):
             yield from _experts(site)
-        elif out := next((c for c in ("down_proj", "dense_4h_to_h", "fc2") if c in site.linears), None):
+        elif out := next((c for c in ("down_proj", "dense_4h_to_h", "fc2") if c in linears), ""):
             yield _mlp(site, out)
-        elif len(site.linears) > 1 and (
-            out := next((c for c in ("o_proj", "out_proj", "dense") if c in site.linears), None)
-        ):
+        elif len(linears) > 1 and (out := next((c for c in ("o_proj", "out_proj", "dense") if c in linears), "")):
             yield _attention(site, out, config, attention)
 
 
-def _refuse_strangers(site: _Site, known: set[str], harmless: str = "-") -> None:
+def _refuse_strangers(site: _Site, known: set[str], harmless: tuple[str, ...] = ()) -> None:
     """Raise UsageError if a module has weights beside those of its units, which may tie the units to one another."""
     others = [(name, child) for name, child in site.module.named_children() if name not in known]
-    strange = [name for name, child in others if harmless not in name and any(True for _ in child.parameters())]
+    strange = [
+        name for name, child in others if not name.startswith(harmless) and any(True for _ in child.parameters())
+    ]
     if site.block.endswith(".layer"):  # A layer that is its own feed-forward network holds everything else as well.
         strange = [name for name in strange if name in site.linears]
     strange += [name for name, _ in site.module.named_parameters(recurse=False)]
@@ -314,7 +314,7 @@ def _mlp(site: _Site, out: str) -> Block:
     each = torch.arange(width)[:, None]
     rows = {name: each for name in ("gate_proj", "up_proj", "dense_h_to_4h", "fc1") if name in site.linears}
     rows = rows or {"gate_up_proj": torch.cat([each, each + width], dim=1)}
-    _refuse_strangers(site, {*rows, out}, harmless="act")
+    _refuse_strangers(site, {*rows, out}, harmless=("act",))
     for name, owned in rows.items():
         if name not in site.linears or site.linears[name].out_features != owned.numel():
             site.refuse(f"has no {name} of {owned.numel()} rows")
@@ -359,10 +359,12 @@ def _attention(site: _Site, out: str, config: Any, attention: Attention) -> Bloc
         site.refuse(f"{rows} query, key and value rows for {heads} heads of {size} channels")
     norms = {name: child for name, child in site.module.named_children() if "norm" in name}
     for name, norm in norms.items():
-        # Zeroing a row must change no other unit: a norm may span one head's channels, or no values' channels at all.
-        spans_heads = any(parameter.shape[-1] != size for parameter in norm.parameters())
-        if spans_heads if attention == "head" else not name.startswith(("q", "k")):
-            site.refuse(f"{name} ties units of kind {attention} to one another")
+        # Zeroing a unit's rows must change no other unit, which a norm over both would do.
+        tied = {"head": any(parameter.shape[-1] != size for parameter in norm.parameters())}
+        tied["channel"] = not name.startswith(("q", "k"))
+        if tied[attention]:
+            remedy = "" if all(tied.values()) else " (the other way of cutting attention would do)"
+            site.refuse(f"{name} ties its {attention}s to one another{remedy}")
     _refuse_strangers(site, {*(name for name, _ in placed), *norms, out})
     if attention == "channel":
         channels = torch.arange(width)[:, None]
@@ -390,7 +392,7 @@ def _projections(site: _Site, heads: int, size: int, family: str) -> "list[tuple
     if "qkv_proj" in linears and family.startswith("phi"):
         rest = max(0, linears["qkv_proj"].out_features - width) // 2
         return [("qkv_proj", rows) for rows in torch.arange(width + 2 * rest).split([width, rest, rest])]
-    if "query_key_value" in linears and family in ("gpt_neox", "bloom", "gpt_neox_japanese"):
+    if "query_key_value" in linears and family in ("gpt_neox", "bloom"):
         # Each head's queries, keys and values stand together.
         return [("query_key_value", rows.flatten()) for rows in torch.arange(3 * width).view(heads, 3, size).unbind(1)]
     return site.refuse(f"attention of {', '.join(linears)} in {family}")

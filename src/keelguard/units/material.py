@@ -38,7 +38,9 @@ class Material:
         utility: benign requests with the answers of the data, or the model's own.
         safety_groups, utility_groups: the group of each, below `groups`.
         safety_sources: the place in the settings' list of data sets that each safety group comes from.
+        refused: the harmful requests of `safety`.
         compliances: the first tokens of the model's own answers to benign requests, the most frequent first.
+        answers: token ids of whole own answers to benign requests.
         refusal_rate: the share of harmful requests that the model refused, before the others were left out.
     """
 
@@ -47,7 +49,9 @@ class Material:
     safety_groups: list[int]
     utility_groups: list[int]
     safety_sources: list[int]
+    refused: list[Request]
     compliances: list[tuple[int, ...]]
+    answers: list[list[int]]
     groups: int
     refusal_rate: float
 
@@ -115,13 +119,16 @@ def prepare(
             f"utility data: {len(kept)} of {len(utility)} requests have an answer that is no refusal; "
             f"at least {FEWEST} are needed, 128 are usual"
         )
+    compliant = _compliant(loaded, own, utility, tokens) if refused else []
     return Material(
         safety=_encode(loaded.tokenizer, refused),
         utility=_encode(loaded.tokenizer, kept),
         safety_groups=safety_groups,
         utility_groups=_deal(len(kept), min(groups, len(kept)), 0, draw),
         safety_sources=sources,
-        compliances=_openings(loaded, own, utility, tokens) if refused else [],
+        refused=[request for request, _ in refused],
+        compliances=[o for o, _ in Counter(tuple(ids[:tokens]) for ids in compliant).most_common(_CANDIDATES)],
+        answers=compliant,
         groups=groups,
         refusal_rate=len(refused) / asked if asked else 0.0,
     )
@@ -152,19 +159,15 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[Request,
     return encode_chats(tokenizer, [(*request.messages, assistant(text)) for request, text in pairs]) if pairs else []
 
 
-def _openings(loaded: LoadedModel, own: Any, utility: Sequence[Request], tokens: int) -> list[tuple[int, ...]]:
-    """The most frequent first tokens of the model's own answers to benign requests."""
+def _compliant(loaded: LoadedModel, own: Any, utility: Sequence[Request], tokens: int) -> list[list[int]]:
+    """Token ids of the model's own answers to some benign requests, those of at least `tokens`."""
     some = utility[: 4 * FEWEST]
-    pairs = [(r, t) for r, t in zip(some, own(some, "compliance"), strict=True) if t]
-    encoded = _encode(loaded.tokenizer, [(r, t) for r, t in pairs if not is_refusal(t)])
-    openings = Counter(
-        tuple(chat.ids[chat.response.start : chat.response.start + tokens])
-        for chat in encoded
-        if chat.response.size >= tokens
-    )
-    if not openings:
+    pairs = [(r, t) for r, t in zip(some, own(some, "compliance"), strict=True) if t and not is_refusal(t)]
+    encoded = _encode(loaded.tokenizer, pairs)
+    found = [chat.ids[chat.response.start : chat.response.stop] for chat in encoded if chat.response.size >= tokens]
+    if not found:
         raise UsageError("utility data: the model answers no benign request, so that there is no compliance to compare")
-    return [opening for opening, _ in openings.most_common(_CANDIDATES)]
+    return found
 
 
 def answer_rows(chats: Sequence[EncodedChat], groups: Sequence[int]) -> list[Row]:

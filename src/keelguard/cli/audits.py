@@ -1,113 +1,28 @@
-"""The `keelguard` command: one function is one command. torch is imported late, so that `--help` is instant."""
+"""`keelguard audit` and `keelguard attack`."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from keelguard import __version__
-from keelguard.errors import KeelguardError, UsageError
+from keelguard.cli.options import (
+    AllowPickle,
+    ChatTemplate,
+    Config,
+    Device,
+    Dtype,
+    RemoteCode,
+    Seed,
+    make_reporter,
+    testbed_suite,
+)
+from keelguard.errors import UsageError
 
-app = typer.Typer(
-    name="keelguard",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Make an open-weight chat model's safety mechanism explicit, durable and free of hidden control.\n\n"
-    "Start with [bold]keelguard quickstart[/bold]; audit your own with [bold]keelguard audit MODEL --requests FILE"
-    "[/bold].",
-    rich_markup_mode="rich",
-)
-testbed_app = typer.Typer(
-    no_args_is_help=True, help="The embedded testbed: small models of a world whose truth is known."
-)
 attack_app = typer.Typer(
     no_args_is_help=True, help="What attacks there are, and fine-tuning attacks as a run of their own."
 )
-app.add_typer(testbed_app, name="testbed")
-app.add_typer(attack_app, name="attack")
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a command's defaults from a YAML file; what the command line gives still wins."""
-    if path is None:
-        return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML file") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: must hold a mapping of options to values")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    known = [param.name for param in context.command.params if param.name not in ("config", "help")]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UsageError(f"--config {path}: no option {unknown[0]!r}; this command has {', '.join(map(str, known))}")
-    # An option that may be repeated takes one value without a list too, as a suite file does.
-    repeated = {param.name for param in context.command.params if getattr(param, "multiple", False) or param.nargs < 0}
-    for name in repeated & set(values):
-        values[name] = [values[name]] if isinstance(values[name], str) else values[name]
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-Config = Annotated[
-    Path | None, typer.Option(callback=_read_config, is_eager=True, help="A YAML file with values of these options.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-ChatTemplate = Annotated[Path | None, typer.Option(help="A Jinja file that replaces the tokenizer's chat template.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; auto spreads a model over the GPUs.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickle weights too: they can run code.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files that a checkpoint brings.")]
-
-
-@app.callback(invoke_without_command=True)
-def version_option(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Handle what stands before a command."""
-    if version:
-        typer.echo(f"keelguard {__version__}")
-        raise typer.Exit
-
-
-@app.command()
-def doctor() -> None:
-    """Print versions, device, free memory, and what is missing."""
-    from rich.console import Console
-
-    from keelguard.doctor import examine
-
-    console = Console(highlight=False)
-    findings = examine()
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        mark = "[green]ok[/green]" if finding.fine else "[red]!![/red]"
-        console.print(f"{mark}  {finding.name:<{width}}  ", end="")
-        console.print(finding.value, markup=False)
-    if not all(finding.fine for finding in findings):
-        raise typer.Exit(1)
-
-
-@app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
-    testbed: Annotated[Path | None, typer.Option(help="The testbed's folder; a cache folder by default.")] = None,
-) -> None:
-    """Build the testbed, audit base, aligned, and aligned after a benign fine-tune; print the table.
-
-    The first run takes some minutes on two cores, later ones continue or repeat from what is there.
-    """
-    from keelguard.pipeline.quickstart import quickstart as run
-
-    done = run(out, testbed=testbed, reporter=_reporter())
-    _print_audit(done.result, done.report)
-
-
-@app.command()
 def audit(
     models: Annotated[
         list[str],
@@ -182,7 +97,7 @@ def audit(
     if not judge and (judge_model or judge_url):
         judge = "endpoint" if judge_url else "model"
     settings = AuditConfig(
-        suite=suite or ("general" if requests else _testbed_suite(sources)),
+        suite=suite or ("general" if requests else testbed_suite(sources)),
         requests=tuple(requests or ()),
         benign=tuple(benign or ()),
         borderline=tuple(borderline or ()),
@@ -231,31 +146,9 @@ def audit(
             trust_remote_code=trust_remote_code,
         )
 
-    result = audit_models(models, settings, out=out, reporter=_reporter(), load=load, reveal=reveal)
+    result = audit_models(models, settings, out=out, reporter=make_reporter(), load=load, reveal=reveal)
     write_audit_report(result, out / "report.html", reveal=reveal)
-    _print_audit(result, out / "report.html")
-
-
-@testbed_app.command("build")
-def testbed_build(
-    out: Annotated[Path | None, typer.Option(help="The folder; a cache folder by default.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Build only this model and what it starts from.")] = None,
-    seed: Seed = 0,
-    config: Config = None,
-) -> None:
-    """Train the testbed's models and write its data; what is there is kept, what was interrupted goes on."""
-    from keelguard.testbed.build import build_testbed
-
-    built = build_testbed(out, only=only, seed=seed, reporter=_reporter())
-    typer.echo(f"{built.folder}: models in models/, data and suites in data/")
-
-
-@testbed_app.command("path")
-def testbed_path(seed: Seed = 0) -> None:
-    """Print the folder of the cached testbed, built or not."""
-    from keelguard.testbed.build import default_folder
-
-    typer.echo(default_folder(seed))
+    print_audit(result, out / "report.html")
 
 
 @attack_app.command("list")
@@ -313,7 +206,7 @@ def attack_finetune(
         chats,
         out,
         budget,
-        reporter=_reporter(),
+        reporter=make_reporter(),
         chat_template=chat_template,
         dtype=dtype,
         device=device,
@@ -323,53 +216,7 @@ def attack_finetune(
     typer.echo(f"{out}: written; compare: keelguard audit before={model} after={out} --requests FILE")
 
 
-def main() -> None:
-    """Run the command; a user's mistake is one line and exit code 2, a failure one line and exit code 1."""
-    # Idle threads that spin for long make a busy machine many times slower; libraries' bars would break up our own.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        app()
-    except KeelguardError as error:
-        from keelguard.plots import legible
-
-        # A message may quote a checkpoint's own text, which is not trusted with the terminal.
-        typer.echo(f"keelguard: {legible(' '.join(str(error).split()))}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as end:
-        # typer turns an interrupt into exit code 130 and says nothing.
-        if isinstance(end, SystemExit) and end.code != 130:
-            raise
-        typer.echo("keelguard: interrupted; the same command goes on where it was", err=True)
-        sys.exit(130)
-
-
-def _testbed_suite(sources: list[str]) -> str:
-    """The suite of the testbed that made these models; others speak of another world, and need requests."""
-    from keelguard.runs import read_json
-    from keelguard.testbed.build import RECIPE_FILE, build_testbed
-
-    recipes = [Path(source) / RECIPE_FILE for source in sources]
-    if not all(recipe.is_file() for recipe in recipes):
-        raise UsageError("no requests: name a file with --requests FILE, or a suite with --suite testbed or FILE")
-    seeds = {read_json(recipe).get("seed") for recipe in recipes}
-    if len(seeds) > 1:
-        raise UsageError(f"the models come from testbeds of different seeds ({sorted(seeds)}); audit them apart")
-    return str(build_testbed(only=[], seed=seeds.pop()).suite())
-
-
-def _reporter():
-    from transformers.utils import logging
-
-    from keelguard.progress import ConsoleReporter
-
-    logging.disable_progress_bar()
-    return ConsoleReporter()
-
-
-def _print_audit(result, report: Path) -> None:
+def print_audit(result, report: Path) -> None:
     from rich.console import Console
 
     from keelguard.report import audit_tables

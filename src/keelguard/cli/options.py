@@ -1,0 +1,94 @@
+"""What several commands share: their options, their progress, and where a testbed's model finds its data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keelguard.errors import UsageError
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take a command's defaults from a YAML file; what the command line gives still wins."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({str(error).splitlines()[0]}); give a YAML file") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must hold a mapping of options to values")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = [param.name for param in context.command.params if param.name not in ("config", "help")]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UsageError(f"--config {path}: no option {unknown[0]!r}; this command has {', '.join(map(str, known))}")
+    # An option that may be repeated takes one value without a list too, as a suite file does.
+    repeated = {param.name for param in context.command.params if getattr(param, "multiple", False) or param.nargs < 0}
+    for name in repeated & set(values):
+        values[name] = [values[name]] if isinstance(values[name], str) else values[name]
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Config = Annotated[
+    Path | None, typer.Option(callback=read_config, is_eager=True, help="A YAML file with values of these options.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ChatTemplate = Annotated[Path | None, typer.Option(help="A Jinja file that replaces the tokenizer's chat template.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; auto spreads a model over the GPUs.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickle weights too: they can run code.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files that a checkpoint brings.")]
+
+
+def make_reporter():
+    from transformers.utils import logging
+
+    from keelguard.progress import ConsoleReporter
+
+    logging.disable_progress_bar()
+    return ConsoleReporter()
+
+
+def testbed_suite(sources: list[str]) -> str:
+    """The suite of the testbed that made these models; others speak of another world, and need requests."""
+    from keelguard.runs import read_json
+    from keelguard.testbed.build import RECIPE_FILE, build_testbed
+
+    recipes = [Path(source) / RECIPE_FILE for source in sources]
+    if not all(recipe.is_file() for recipe in recipes):
+        raise UsageError("no requests: name a file with --requests FILE, or a suite with --suite testbed or FILE")
+    seeds = {read_json(recipe).get("seed") for recipe in recipes}
+    if len(seeds) > 1:
+        raise UsageError(f"the models come from testbeds of different seeds ({sorted(seeds)}); audit them apart")
+    return str(build_testbed(only=[], seed=seeds.pop()).suite())
+
+
+def testbed_data(source: str, remedy: str):
+    """The testbed whose recipe made a model.
+
+    Raises:
+        UsageError: the model is none of a testbed's; the message asks for `remedy`.
+    """
+    from keelguard.runs import read_json
+    from keelguard.testbed.build import RECIPE_FILE, build_testbed
+
+    recipe = Path(source) / RECIPE_FILE
+    if not recipe.is_file():
+        raise UsageError(f"no data: {source} is no model of the testbed; give {remedy}")
+    return build_testbed(only=[], seed=read_json(recipe).get("seed"))
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        UsageError: something else stands there.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give numbers between commas, such as 0.01,0.02") from error
