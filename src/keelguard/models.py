@@ -126,12 +126,14 @@ def save_checkpoint(
     card: str | None = None,
     files: Mapping[str, str] | None = None,
     max_shard_size: str = "5GB",
+    state: "Mapping[str, Any] | None" = None,
 ) -> str:
     """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` opens, whole or not at all.
 
     Args:
         card: the model card, written as README.md.
         files: further text files by name.
+        state: the state dict, where the model itself holds but a shard of it.
 
     Returns:
         The hash of the weights written.
@@ -143,7 +145,7 @@ def save_checkpoint(
 
     with atomic_folder(Path(folder)) as temporary:
         try:
-            model.save_pretrained(temporary, max_shard_size=max_shard_size)
+            model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=state)
         except SafetensorError as error:
             # It hides the system's error, such as a full disk, in its text.
             if found := re.search(r"\(os error (\d+)\)", str(error)):

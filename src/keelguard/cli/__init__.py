@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 app.command()(testbeds.quickstart)
 app.command()(audits.audit)
-app.command()(units.diagnose)
+for command in (units.diagnose, units.finetune, units.align, units.verify):
+    app.command()(command)
 app.add_typer(testbeds.testbed_app, name="testbed")
 app.add_typer(audits.attack_app, name="attack")
 

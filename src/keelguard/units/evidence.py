@@ -20,7 +20,7 @@ from keelguard.units.attribution import Row, attribute
 from keelguard.units.groups import order
 from keelguard.units.importance import SCORES, Importance, importance, standardise
 from keelguard.units.masks import magnitude_mask, random_mask
-from keelguard.units.material import ordinary_tokens, random_pair_rows
+from keelguard.units.material import FEWEST, ordinary_tokens, random_pair_rows
 from keelguard.units.proof import Probe, Proof, Rule, check_single_units, prove
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ PAPERS_SCORE = "variance"
 
 @dataclass(frozen=True)
 class ProofConfig:
-    """What a proof by ablation measures."""
+    """What a proof by ablation asks and takes out."""
 
     suite: str = field(default="", metadata={"help": "suite whose requests are asked; rows not diagnosed by default"})
     judge: str = field(default="", metadata={"help": "world or keyword; the suite's by default"})
@@ -61,7 +61,8 @@ def prove_diagnosis(
     """
     if not found.decision:
         raise UsageError("--prove: the map was made without --safety, so that there is no safety to prove")
-    probe = _probe(found, config, batch_size, seed)
+    harmful, benign = (found.held_out[use] for use in ("safety", "utility"))
+    probe = make_probe(config, harmful, benign, batch_size=batch_size, seed=seed)
     folder = found.folder / "points"
     folder.mkdir(exist_ok=True)
     sets = {**_groups(found), **_controls(found, config, reporter)}
@@ -76,20 +77,24 @@ def prove_diagnosis(
     return proof
 
 
-def _probe(found: "Diagnosis", config: ProofConfig, batch_size: int, seed: int) -> Probe:
-    """The suite's requests, or those of the diagnosis' files that it has not read."""
+def make_probe(
+    config: ProofConfig, harmful: Sequence[Request], benign: Sequence[Request], *, batch_size: int = 0, seed: int = 0
+) -> Probe:
+    """What a model is asked before and after: the requests of a suite, or without one those that are given.
+
+    Raises:
+        UsageError: there are fewer than 8 harmful requests, or the suite cannot be read.
+    """
+    utility: Sequence[Request] = [request for request in benign if request.answer]
+    judge, tokens = "keyword", 128
     if config.suite:
         suite = load_suite(AuditConfig(suite=config.suite, limit=config.limit))
         harmful, benign, utility = suite.harmful, suite.benign, suite.utility
         judge, tokens = suite.judge, suite.max_new_tokens
-    else:
-        harmful, benign = found.held_out["safety"], found.held_out["utility"]
-        utility = [request for request in benign if request.answer]
-        judge, tokens = "keyword", 128
-    if len(harmful) < 8 or len(benign) < 8:
+    if len(harmful) < FEWEST:
         raise UsageError(
-            f"--prove: {len(harmful)} harmful and {len(benign)} benign requests are left that the diagnosis has not "
-            "read; give larger files, a smaller --samples, or a --suite"
+            f"{len(harmful)} harmful requests are left to measure with; give a larger file, use less of it (--samples), "
+            "or name a --suite"
         )
     return Probe(
         harmful=harmful[: config.limit],

@@ -168,13 +168,14 @@ def measure_point(
     if kept is not None and kept.exists():
         return Point.from_json({**read_json(kept), "share": share})
     with ablate(loaded.model, index, mask, None if means is None else Mean(means)) if mask.any() else nullcontext():
-        found = _measure(loaded, probe, share, int(mask.sum()))
+        found = measure(loaded, probe, share, int(mask.sum()))
     if kept is not None:
         write_json(kept, found.to_json())
     return found
 
 
-def _measure(loaded: LoadedModel, probe: Probe, share: float, units: int) -> Point:
+def measure(loaded: LoadedModel, probe: Probe, share: float = 0.0, units: int = 0) -> Point:
+    """Ask a model as it is; `share` and `units` say what was taken out of it."""
     # One call for all three keeps the batches full.
     everything = [*probe.harmful, *probe.benign, *probe.utility]
     attempts = [Attempt(request, request.messages) for request in everything]

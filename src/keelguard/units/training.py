@@ -1,0 +1,271 @@
+"""A fine-tune as a run: its arms side by side, each with task loss and safety, and the checkpoint of the last one.
+
+    arms = {"unprotected": Arm(), "protected": Arm([Anchor(refusals)])}
+    result = run_training("finetune", loaded, chats, TrainConfig(), arms, out="runs/ft", settings={})
+    result.rows["before"].point.asr, result.rows["protected"].point.asr, result.rows["protected"].task_loss
+
+`keelguard.units.finetune` and `keelguard.units.align` say what the arms are.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from keelguard.hashes import sha256_of
+from keelguard.models import LoadedModel, load_model, save_checkpoint
+from keelguard.progress import SILENT, Reporter
+from keelguard.records import Chat
+from keelguard.runs import open_run, read_json, versions, write_json
+from keelguard.training import Method, Run, TrainConfig, chat_loss, train_on_chats
+from keelguard.units.proof import Point, Probe, measure
+
+BEFORE = "before"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: methods for the trainer, and what is done to the model behind it."""
+
+    methods: Sequence[Method] = ()
+    after: Callable[[Any], None] | None = None
+    config: TrainConfig | None = field(default=None, metadata={"help": "in place of the run's settings"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison.
+
+    Attributes:
+        task_loss, held_out_loss: mean cross-entropy per answer token on the training and on held-out chats, natural
+            logarithm; None without such chats.
+        point: safety and utility; None without requests to ask.
+        trained: how many numbers the optimiser held.
+        seconds: of the training; of its last part, where it was interrupted.
+    """
+
+    task_loss: float
+    held_out_loss: float | None
+    point: Point | None
+    trained: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON."""
+        return {**vars(self), "point": self.point.to_json() if self.point else None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Row":
+        """The inverse of `to_json`."""
+        return cls(**{**data, "point": Point.from_json(data["point"]) if data["point"] else None})
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Rows by name, "before" first; `model` is the folder of the new checkpoint and `weights` its hash."""
+
+    rows: dict[str, Row]
+    model: Path
+    weights: str
+
+
+def run_training(
+    command: str,
+    loaded: LoadedModel,
+    chats: Sequence[Chat],
+    config: TrainConfig,
+    arms: Mapping[str, Arm],
+    *,
+    out: str | Path,
+    settings: Mapping[str, Any],
+    held_out: Sequence[Chat] = (),
+    probe: Probe | None = None,
+    reporter: Reporter = SILENT,
+) -> TrainingResult:
+    """Train every arm from the same model, measure it, and write the last one to OUT/model; or go on from there.
+
+    Args:
+        loaded: in training mode, without an adapter; the last arm trains it in place.
+        arms: by the name of their row; the last one is the result.
+        settings: what determines the result beside the model, the chats and `config`.
+
+    Under `accelerate launch` every process trains, and the main one measures and writes.
+
+    Raises:
+        UsageError: the folder belongs to another run, or a method cannot be used.
+        FailureError: training does not fit in memory or diverges, or the disk is full.
+    """
+    bound = {
+        "model": loaded.weights_hash,
+        "chats": sha256_of([list(chat) for chat in chats]),
+        "held_out": sha256_of([list(chat) for chat in held_out]),
+        "train": asdict(config),
+        "arms": list(arms),
+        "probe": probe.digest if probe else None,
+        **settings,
+        "versions": versions(),
+    }
+    out = Path(out)
+    with _opened(out, command, bound):
+        rows: dict[str, Row] = {}
+
+        def row(name: str, model: Any, trained: int = 0, seconds: float = 0.0) -> Row | None:
+            """Measured now, or by an earlier process of this run."""
+            if name not in rows and is_main():
+                rows[name] = _row(replace(loaded, model=model), chats, held_out, probe, trained, seconds)
+                write_json(out / "rows" / f"{name.replace(' ', '-')}.json", rows[name].to_json())
+            return rows.get(name)
+
+        for name in (BEFORE, *arms):
+            kept = out / "rows" / f"{name.replace(' ', '-')}.json"
+            if kept.exists():
+                rows[name] = Row.from_json(read_json(kept))
+        row(BEFORE, loaded.model)
+        model: Any = None
+        for number, (name, arm) in enumerate(arms.items()):
+            last = number == len(arms) - 1
+            if name in rows and not (last and not (out / "model").exists()):
+                continue
+            state = out / f"state-{number}"
+            model, trained, seconds = _trained(
+                loaded.model if last else copy.deepcopy(loaded.model), loaded, chats, arm, config, state, reporter, name
+            )
+            if last:
+                _save(out / "model", model, loaded, command, config)
+                if is_main() and _is_sharded(model):
+                    model = load_model(out / "model", device="cpu").model
+            row(name, model, trained, seconds)
+            if is_main():
+                shutil.rmtree(state, ignore_errors=True)
+        _barrier()
+        result = TrainingResult({n: rows[n] for n in (BEFORE, *arms) if n in rows}, out / "model", _hash(out / "model"))
+        if is_main():
+            shown = {name: found.to_json() for name, found in result.rows.items()}
+            head = {"format": "keelguard.training/1", "command": command, "weights": result.weights}
+            write_json(out / f"{command}.json", {**head, "settings": bound, "rows": shown})
+    return result
+
+
+def is_main() -> bool:
+    """Whether this process is the one that measures and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _Counting(Method):
+    """Counts the numbers that the optimiser holds."""
+
+    trained = 0
+
+    def start(self, run: Run) -> None:
+        self.trained = sum(parameter.numel() for parameter in run.trainable())
+
+
+def _trained(
+    model: Any,
+    loaded: LoadedModel,
+    chats: Sequence[Chat],
+    arm: Arm,
+    config: TrainConfig,
+    state: Path,
+    reporter: Reporter,
+    name: str,
+) -> tuple[Any, int, float]:
+    counting = _Counting()
+    done = train_on_chats(
+        model,
+        loaded.tokenizer,
+        chats,
+        arm.config or config,
+        methods=[*arm.methods, counting],
+        state_folder=state,
+        reporter=reporter,
+        label=f"training: {name}",
+    )
+    if arm.after is not None:
+        arm.after(done.model)
+    return done.model, counting.trained, round(done.seconds, 3)
+
+
+def _row(
+    loaded: LoadedModel,
+    chats: Sequence[Chat],
+    held_out: Sequence[Chat],
+    probe: Probe | None,
+    trained: int,
+    seconds: float,
+) -> Row:
+    loaded.model.eval()
+    return Row(
+        task_loss=chat_loss(loaded.model, loaded.tokenizer, chats),
+        held_out_loss=chat_loss(loaded.model, loaded.tokenizer, held_out) if held_out else None,
+        point=measure(loaded, probe) if probe else None,
+        trained=trained,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _opened(out: Path, command: str, settings: dict[str, Any]) -> Iterator[None]:
+    """The run folder belongs to the main process; the others find it there."""
+    if not is_main():
+        yield
+        return
+    with open_run(out, command, settings):
+        yield
+
+
+def _save(folder: Path, model: Any, loaded: LoadedModel, command: str, config: TrainConfig) -> None:
+    card = (
+        f"# Made by `keelguard {command}`\n\nFrom `{loaded.source}` (weights {loaded.weights_hash[:16]}), {config}. "
+        f"`{command}.json` beside this folder lists task loss and safety before and after.\n"
+    )
+    state = _whole_state(model) if _is_sharded(model) else None
+    if is_main():
+        save_checkpoint(model, loaded.tokenizer, folder, card=card, state=state)
+
+
+def _is_sharded(model: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _whole_state(model: Any) -> dict[str, Any]:
+    """The state dict with whole tensors on the CPU; every process must ask."""
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _hash(folder: Path) -> str:
+    from keelguard.hashes import hash_weights
+
+    return hash_weights(folder)
+
+
+def training_table(result: TrainingResult) -> Any:
+    """The rows of a result for the terminal: task loss and safety side by side."""
+    from rich.table import Table
+
+    from keelguard.plots import rate_text
+
+    table = Table("model", "task loss", "held out", "attack success", "refused", "over-refusal", "utility", "trained")
+    for name, row in result.rows.items():
+        held_out = "–" if row.held_out_loss is None else f"{row.held_out_loss:.4f}"
+        point = row.point
+        rates = (point.asr, point.refused, point.over_refusal, point.utility) if point else (None,) * 4
+        trained = f"{row.trained:,}" if row.trained else "–"
+        table.add_row(name, f"{row.task_loss:.4f}", held_out, *(rate_text(rate) for rate in rates), trained)
+    return table
