@@ -5,18 +5,16 @@
 The model is trained in place; `finetune_checkpoint` reads a checkpoint and writes another.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from keelguard.attacks.base import Attempt
-from keelguard.batches import pad, pad_id_of
-from keelguard.chats import encode_chats
-from keelguard.errors import FailureError, UsageError
+from keelguard.errors import UsageError
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Chat, Request, assistant, user
+from keelguard.training import TrainConfig, train_on_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,54 +94,14 @@ def finetune(
         UsageError: there are no chats, or one is longer than the model's context.
         FailureError: training does not fit in memory.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-
-    rows = _rows(model, tokenizer, chats)
-    if not config.lora_rank:
-        model = model.float()
-    if isinstance(model, PeftModel):
-        # Saved as it is, a trained model with an adapter would leave what its base has learnt behind.
-        model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    # Trainer sets its seed too late for the start of the LoRA.
-    set_seed(config.seed)
-    trained = _with_lora(model, config.lora_rank) if config.lora_rank else model.requires_grad_(True)
-    pad_id = pad_id_of(tokenizer)
-
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return pad([r["ids"] for r in batch], pad_id, side="right", labels=[r["labels"] for r in batch])
-
-    with tempfile.TemporaryDirectory() as folder, reporter.step(label, config.steps) as advance:
-        trainer = Trainer(
-            model=trained,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=config.steps,
-                learning_rate=config.learning_rate,
-                per_device_train_batch_size=config.batch_size,
-                lr_scheduler_type="linear",
-                seed=config.seed,
-                use_cpu=model.device.type == "cpu",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
-            train_dataset=rows,  # pyright: ignore[reportArgumentType]
-            data_collator=collate,
-            callbacks=[_advancing(advance)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError as error:
-            raise FailureError(
-                "fine-tuning attack: does not fit in memory; give a lora_rank, such as 16, or a smaller batch_size"
-            ) from error
-    merged = trained.merge_and_unload() if config.lora_rank else trained  # pyright: ignore[reportCallIssue]
-    return merged.eval().requires_grad_(False)
+    budget = TrainConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        lora_rank=config.lora_rank,
+        seed=config.seed,
+    )
+    return train_on_chats(model, tokenizer, chats, budget, reporter=reporter, label=label).model
 
 
 def finetune_checkpoint(
@@ -178,36 +136,3 @@ def finetune_checkpoint(
     )
     save_checkpoint(model, loaded.tokenizer, out, card=card)
     return out
-
-
-def _rows(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Chat]
-) -> list[dict[str, list[int]]]:
-    from keelguard.models import context_length
-
-    if not chats:
-        raise UsageError("fine-tuning attack: there are no chats to train on; name a data file")
-    encoded = encode_chats(tokenizer, chats)
-    limit = context_length(model)
-    longest = max(len(chat.ids) for chat in encoded)
-    if limit is not None and longest > limit:
-        raise UsageError(f"fine-tuning attack: a chat has {longest} tokens, the model reads {limit}; shorten it")
-    return [{"ids": chat.ids, "labels": chat.labels()} for chat in encoded]
-
-
-def _with_lora(model: "PreTrainedModel", rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def _advancing(advance: Any) -> Any:
-    """A callback that reports every step."""
-    from transformers import TrainerCallback
-
-    class Advancing(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            advance(1)
-
-    return Advancing()

@@ -1,9 +1,9 @@
 """Take units out of a model for a while, without a copy of it: zero, their mean activation, or another model's weights.
 
-    with ablate(model, index, chosen):              # zeroed
-        ...
-    with ablate(model, index, chosen, Mean(means)): # each at its mean activation
-    with ablate(model, index, chosen, Revert(base)):# as in the model that it was trained from
+with ablate(model, index, chosen):              # zeroed
+    ...
+with ablate(model, index, chosen, Mean(means)): # each at its mean activation
+with ablate(model, index, chosen, Revert(base)):# as in the model that it was trained from
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,19 +39,26 @@ class Revert:
 def ablate(model: Any, index: UnitIndex, chosen: torch.Tensor, value: Mean | Revert | None = None) -> Iterator[None]:
     """Ablate the chosen units (units,) bool until the context ends; the weights come back bit-equal, whatever happens.
 
-    Zeroing clears the columns of B alone: a unit whose output nobody reads is gone from the forward pass.
+    Zeroing clears the columns of B alone: a unit whose output nobody reads is gone from the forward pass. Where the
+    weights are not at hand, or an adapter reads the units beside them, their activations are held at zero instead.
 
     Raises:
-        UsageError: the other model lacks a parameter or has it in another shape.
+        UsageError: the other model lacks a parameter or has it in another shape; or this one has its weights elsewhere
+            or an adapter on them, so that they cannot be put back.
     """
+    parameters = parameters_by_name(model)
+    slices = index.slices(chosen, shared="all", roles="in out" if isinstance(value, Revert) else "out")
+    out_of_reach = _out_of_reach(model, parameters, slices)
+    if isinstance(value, Revert):
+        if out_of_reach:
+            raise UsageError(f"the units cannot be put back: {out_of_reach}")
+        _check_same(parameters, value.weights, slices)
+    elif value is None and out_of_reach:
+        value = Mean([torch.zeros(block.width) for block in index.blocks])
     if isinstance(value, Mean):
         with tap(model, index, _MeanEdit(index, chosen, value)):
             yield
         return
-    parameters = parameters_by_name(model)
-    slices = index.slices(chosen, shared="all", roles="in out" if isinstance(value, Revert) else "out")
-    if isinstance(value, Revert):
-        _check_same(parameters, value.weights, slices)
     kept = [part.of(parameters[part.parameter].detach()) for part in slices]
     try:
         with torch.no_grad():
@@ -83,6 +90,15 @@ class _MeanEdit:
         edited = x.clone()
         edited[:, channels.to(x.device)] = means.to(x.device, x.dtype)
         return edited
+
+
+def _out_of_reach(model: Any, parameters: Mapping[str, torch.Tensor], slices: Sequence[Slice]) -> str:
+    """Why writing these weights would not do; empty where it would."""
+    if hasattr(model, "peft_config"):
+        return "an adapter is on the model; merge it first"
+    if any(parameters[part.parameter].device.type == "meta" for part in slices):
+        return "the model is too large for this machine's memory; load it on a larger one"
+    return ""
 
 
 def _check_same(

@@ -3,13 +3,14 @@
     statistics = attribute(model, index, rows, groups=32, effects=True)
 
 Only activations get gradients, no weights: with effects the pass costs a forward and about one more for the
-gradients of the activations. Batches that do not fit are halved. Where accelerate keeps layers elsewhere, gradient
-checkpointing brings each back for its own part of the backward pass.
+gradients of the activations. Batches that do not fit are halved. Where accelerate keeps layers elsewhere, each layer
+is run once more in the backward pass, so that its weights are there for its own part of it alone.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from keelguard.batches import batches_by_length, pad
 from keelguard.errors import FailureError, UsageError
 from keelguard.progress import SILENT, Reporter
 from keelguard.units.index import Block, UnitIndex
-from keelguard.units.moments import Effects, Moments
+from keelguard.units.moments import Effects, Moments, group_moments
 from keelguard.units.taps import tap
 
 
@@ -48,7 +49,7 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, atomically."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from keelguard.runs import disk_errors
 
@@ -58,7 +59,7 @@ class Statistics:
                 tensors.update({f"{what}.{number}.{k}": v.cpu().contiguous() for k, v in vars(part).items()})
         temporary = path.with_suffix(".tmp")
         with disk_errors(path):
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))  # Not save_file, whose errors hide a full disk.
             temporary.replace(path)
 
     @classmethod
@@ -112,7 +113,7 @@ def attribute(
     Raises:
         FailureError: one row alone does not fit in memory.
     """
-    collector = _Collector(index, groups, effects, model.device)
+    collector = _Collector(index, groups, effects, execution_device(model))
     mine = list(rows)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed:
@@ -121,21 +122,22 @@ def attribute(
     with reporter.step(label, len(mine)) as advance, _reading(model, effects), tap(model, index, collector):
         while waiting:
             numbers = waiting.pop()
-            batch = [mine[i] for i in numbers]
             try:
-                collector.read(model, batch, pad_id, last_token)
+                collector.read(model, [mine[i] for i in numbers], pad_id, last_token)
             except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
+                if len(numbers) == 1:
                     raise FailureError(
-                        f"attribution: a row of {len(batch[0].ids)} tokens does not fit in memory; shorten the data, "
-                        "load the model in bfloat16 (--dtype), or let accelerate spread it (--device auto)"
+                        f"attribution: a row of {len(mine[numbers[0]].ids)} tokens does not fit in memory; shorten the "
+                        "data, load the model in bfloat16 (--dtype), or let accelerate spread it (--device auto)"
                     ) from error
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                middle = len(numbers) // 2
-                waiting += [numbers[middle:], numbers[:middle]]
+            else:
+                advance(len(numbers))
                 continue
-            advance(len(batch))
+            # Not above, where the error still holds the tensors of the batch.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            middle = len(numbers) // 2
+            waiting += [numbers[middle:], numbers[:middle]]
     if distributed:
         for part in [*collector.moments, *(collector.effects or [])]:
             part.all_reduce()
@@ -146,13 +148,24 @@ def attribute(
 def objectives(model: Any, rows: Sequence[Row], *, batch_size: int = 16, pad_id: int = 0) -> torch.Tensor:
     """Each row's objective (rows,) float32: `sign` times the mean log-probability of its scored ids."""
     found = torch.zeros(len(rows))
+    device = execution_device(model)
     for numbers in batches_by_length([len(row.ids) for row in rows], batch_size):
         batch = [rows[i] for i in numbers]
-        inputs = pad([row.ids for row in batch], pad_id, side="right")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        scores, owners = _scored(model, inputs, batch)
+        scores, owners = _scored(model, _padded(batch, pad_id, device), batch)
         found[torch.tensor(numbers)] = torch.zeros(len(batch)).index_add_(0, owners.cpu(), scores.cpu())
     return found
+
+
+def execution_device(model: Any) -> torch.device:
+    """Where a model takes its input, also where accelerate keeps the weights elsewhere."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def _padded(batch: Sequence[Row], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    inputs = pad([row.ids for row in batch], pad_id, side="right")
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 class _Collector:
@@ -161,8 +174,9 @@ class _Collector:
     What a batch gave counts only when all of it is there: a batch that breaks off leaves nothing behind.
     """
 
-    def __init__(self, index: UnitIndex, groups: int, effects: bool, device: Any) -> None:
-        device = "cpu" if torch.device(device).type == "mps" else device
+    def __init__(self, index: UnitIndex, groups: int, effects: bool, device: torch.device) -> None:
+        self.input_device = device
+        device = torch.device("cpu") if device.type == "mps" else device
         self.numbers = {(block.module, block.expert): number for number, block in enumerate(index.blocks)}
         self.moments = [Moments.empty(groups, block.width, device) for block in index.blocks]
         self.effects = [Effects.empty(groups, block.size, device) for block in index.blocks] if effects else None
@@ -173,18 +187,15 @@ class _Collector:
 
     def read(self, model: Any, batch: Sequence[Row], pad_id: int, last_token: bool) -> None:
         """One batch, forward and, for effects, backward."""
-        inputs = pad([row.ids for row in batch], pad_id, side="right")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        width = inputs["input_ids"].shape[1]
-        self.rows, self.width = len(batch), width
-        token_groups = torch.full((len(batch), width), -1)
-        for number, row in enumerate(batch):
-            token_groups[number, row.start - 1 if last_token else row.start : row.start if last_token else row.stop] = (
-                row.group
-            )
-        self.token_groups = token_groups.flatten().to(model.device)
-        self.scored = (self.token_groups >= 0).nonzero().flatten()
         self.seen, self.found, self.active = [], {}, True
+        inputs = _padded(batch, pad_id, self.input_device)
+        self.rows, self.width = inputs["input_ids"].shape
+        token_groups = torch.full((self.rows, self.width), -1)
+        for number, row in enumerate(batch):
+            start, stop = (row.start - 1, row.start) if last_token else (row.start, row.stop)
+            token_groups[number, start:stop] = row.group
+        self.token_groups = token_groups.flatten().to(self.input_device)
+        self.scored = (self.token_groups >= 0).nonzero().flatten()
         with torch.set_grad_enabled(self.effects is not None):
             if self.effects is None:
                 # The head is not needed, and with a large vocabulary it is dear.
@@ -196,17 +207,22 @@ class _Collector:
         self._count(torch.tensor([row.group for row in batch], device=self.device))
 
     def _count(self, groups: torch.Tensor) -> None:
-        for number, x, token_groups in self.seen:
-            self.moments[number].update(x.to(self.device), token_groups.to(self.device))
-        if self.effects is not None:
-            for number, effects in enumerate(self.effects):
-                # An expert to which no token was routed has no effect.
-                found = self.found.get(number)
-                none = torch.zeros(len(groups), effects.signed.shape[1], device=self.device)
-                effects.update(none if found is None else found.to(self.device), groups)
+        # All that may not fit comes first: once a batch begins to count, it counts whole.
+        parts = [
+            (number, part)
+            for number, x, token_groups in self.seen
+            for part in group_moments(x.to(self.device), token_groups.to(self.device))
+        ]
+        found = {number: effects.to(self.device) for number, effects in self.found.items()}
+        for number, part in parts:
+            self.moments[number].add(*part)
+        for number, effects in enumerate(self.effects or ()):
+            # An expert to which no token was routed has no effect.
+            none = torch.zeros(len(groups), effects.signed.shape[1], device=self.device)
+            effects.update(found.get(number, none), groups)
 
     def __call__(self, block: Block, x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
-        # Gradient checkpointing runs the layers once more; what they show then has been seen.
+        # In the backward pass a layer may run once more; what it shows then has been seen.
         if not self.active:
             return None
         number = self.numbers[block.module, block.expert]
@@ -238,16 +254,14 @@ class _Collector:
         return effect[:, block.channels.to(effect.device)].sum(-1)
 
 
-def _scored(
-    model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scored(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted log-probability of every scored id (S,), and the row that it belongs to (S,)."""
     places = [(number, t) for number, row in enumerate(batch) for t in range(row.start, row.stop)]
     rows, columns = (torch.tensor(axis) for axis in zip(*places, strict=True))
     weights = torch.tensor([row.sign / (row.stop - row.start) for row in batch for _ in range(row.start, row.stop)])
     # Logits are made for the columns that some row needs: with a large vocabulary they are dear.
     kept, column = (columns - 1).unique(return_inverse=True)
-    logits = model(**inputs, use_cache=False, logits_to_keep=kept.to(model.device)).logits
+    logits = model(**inputs, use_cache=False, logits_to_keep=kept.to(inputs["input_ids"].device)).logits
     rows, columns, column, weights = (t.to(logits.device) for t in (rows, columns, column, weights))
     scores = logits[rows, column].float().log_softmax(-1)
     wanted = inputs["input_ids"].to(logits.device)[rows, columns]
@@ -257,32 +271,44 @@ def _scored(
 @contextmanager
 def _reading(model: Any, effects: bool) -> Iterator[None]:
     """Evaluation mode, with gradients for activations and for no weight where there are effects."""
-    training = model.training
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    # By name: accelerate puts new parameters in the place of those that it brings in and takes away.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.eval().requires_grad_(False)
-    handle = None
-    checkpointing = effects and _offloaded(model) and not model.is_gradient_checkpointing
-    if effects:
-        handle = model.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_(True))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers checkpoints in training mode alone; dropout stays off, for its modules stay in evaluation mode.
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True
+    try:
+        with ExitStack() as stack:
+            if effects:
+                handle = model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+                stack.callback(handle.remove)
+                if any(parameter.device.type == "meta" for parameter in model.parameters()):
+                    stack.enter_context(_recomputed(model))
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+
+
+@contextmanager
+def _recomputed(model: Any) -> Iterator[None]:
+    """Every layer forgets what it computed, and computes it again when the backward pass comes to it.
+
+    Not by transformers' own switch: that works in training mode alone, and stops within a layer as soon as it has what
+    it needs, which leaves the last weights that accelerate brought in where they are.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, early_stop=False)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        model.train(training)
-        for parameter, was in wanted.items():
-            parameter.requires_grad_(was)
-
-
-def _offloaded(model: Any) -> bool:
-    """Whether accelerate keeps some of the model on the CPU or on disk while another device runs it."""
-    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    return bool(places & {"cpu", "disk"}) or any(p.device.type == "meta" for p in model.parameters())
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

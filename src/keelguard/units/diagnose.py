@@ -69,6 +69,8 @@ class DiagnoseConfig:
         for name, least in (("samples", 1), ("groups", 2), ("tokens", 1), ("max_new_tokens", 1), ("bootstrap", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
+        if self.groups < len(self.safety):
+            raise UsageError(f"--groups {self.groups}: give at least one group for each of {len(self.safety)} files")
         if not self.utility:
             raise UsageError("no utility data: name a file of benign requests with --utility")
         Sizes(self.scu, self.ucu, self.ru)
@@ -124,6 +126,7 @@ def diagnose(
     settings = {
         "model": loaded.weights_hash,
         "data": {use: [hash_file(s, split=config.columns.split) for s in getattr(config, use)] for use in _USES},
+        "columns": vars(config.columns),
         **{name: getattr(config, name) for name in _MEASURING},
         "versions": versions(),
     }
@@ -318,4 +321,3 @@ class _Timing:
         if kind is None:
             self.clock.seconds.setdefault(self.stage, round(time.monotonic() - self.start, 3))
             write_json(self.clock.path, self.clock.seconds)
-

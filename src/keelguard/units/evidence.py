@@ -93,8 +93,8 @@ def make_probe(
         judge, tokens = suite.judge, suite.max_new_tokens
     if len(harmful) < FEWEST:
         raise UsageError(
-            f"{len(harmful)} harmful requests are left to measure with; give a larger file, use less of it (--samples), "
-            "or name a --suite"
+            f"{len(harmful)} harmful requests are left to measure with; give a larger file, use less of it "
+            "(--samples), or name a --suite"
         )
     return Probe(
         harmful=harmful[: config.limit],
@@ -164,7 +164,8 @@ def _singles(found: "Diagnosis", config: ProofConfig, reporter: Reporter) -> dic
     """Half of the sample from the units of the largest effect, half from all."""
     rows = found.decision[: 2 * 32]
     statistics = {"decision": _attributed(found, rows, "single units", reporter)}
-    effects = importance("decision", found.index, statistics, found.norms).safety
+    # A prompt's decision is the sum over its two rows, of which the statistics hold the mean.
+    effects = 2 * importance("decision", found.index, statistics, found.norms).safety
     largest = effects.abs().argsort(descending=True)[: config.singles // 2].tolist()
     others = random_mask(found.index, config.singles - len(largest), seed=1).nonzero().flatten().tolist()
     units = list(dict.fromkeys([*largest, *others]))

@@ -106,7 +106,7 @@ def finetune(
     after = None
     if "safelora" in config.protect:
         unaligned = parameters_by_name(plain(load(base)).model)
-        after = _SafeLora(loaded.model, unaligned, config.safelora)
+        after = SafeLoraAfter(loaded.model, unaligned, config.safelora)
     bare = config.protect == ("none",)
     arms = {"unprotected": Arm()} if compare or bare else {}
     if not bare:
@@ -206,7 +206,7 @@ def own_refusals(
     return chats
 
 
-class _SafeLora:
+class SafeLoraAfter:
     """SafeLoRA behind the training: remembers the weights before it."""
 
     def __init__(self, model: Any, unaligned: Mapping[str, torch.Tensor], config: SafeLoraConfig) -> None:

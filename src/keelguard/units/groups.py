@@ -1,9 +1,10 @@
 """The unit map: every unit labelled SCU, UCU, CU or RU, with the evidence for it, as safetensors + JSON.
 
-    chart = UnitMap.load("runs/diagnose")
-    frozen = chart.select("scu,cu:0.06")            # all SCU, and the CU that matter most, 6 % of all units
+chart = UnitMap.load("runs/diagnose")
+frozen = chart.select("scu,cu:0.06")            # all SCU, and the CU that matter most, 6 % of all units
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,17 @@ def classify(
         free = ranked[labels[ranked] == 0]
         labels[free[:count]] = label
     return labels
+
+
+def _share(word: str, text: str) -> float:
+    """The share behind the colon of a word, in [0, 1]."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"{word!r}: {text!r} is no share of all units; write, for example, cu:0.06")
+    return share
 
 
 @dataclass(frozen=True)
@@ -156,10 +168,7 @@ class UnitMap:
                 continue
             members = self.members(group)
             if share:
-                try:
-                    count = round(float(share) * len(self))
-                except ValueError as error:
-                    raise UsageError(f"{word!r}: {share!r} is no share; write, for example, cu:0.06") from error
+                count = round(_share(word, share) * len(self))
                 ranked = self.ranked(group)
                 members = torch.zeros_like(members).index_fill_(0, ranked[members[ranked]][:count], True)
             mask |= members
@@ -203,21 +212,23 @@ class UnitMap:
         Raises:
             FailureError: the disk is full or the folder cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = Path(folder)
         tensors = {"labels": self.labels, "contrast": self.contrast, "strength": self.strength}
         for score, uses in self.raw.items():
             tensors.update({f"raw.{score}.{use}": value.contiguous() for use, value in uses.items()})
         temporary = folder / ".map.safetensors.tmp"
+        content = save(tensors, metadata={"format": FORMAT})
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"format": FORMAT})
+            temporary.write_bytes(content)
             temporary.replace(folder / "map.safetensors")
         write_json(
             folder / "map.json",
             {
                 "format": FORMAT,
+                "tensors": hashlib.sha256(content).hexdigest(),
                 "weights": self.weights,
                 "attention": self.attention,
                 "groups": self.counts(),
@@ -234,7 +245,7 @@ class UnitMap:
             UsageError: there is no map, it is damaged, or of another format.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         folder = Path(source)
         folder = folder if folder.is_dir() else folder.parent
@@ -245,19 +256,20 @@ class UnitMap:
             found = content.get("format") if isinstance(content, dict) else json.dumps(content)[:20]
             raise UsageError(f"{folder / 'map.json'}: has the format {found!r}, not {FORMAT}; diagnose the model again")
         try:
-            tensors = load_file(folder / "map.safetensors")
+            data = (folder / "map.safetensors").read_bytes()
+            tensors = load(data)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{folder / 'map.safetensors'}: cannot be read ({error}); diagnose again") from error
+        if content.get("tensors") != hashlib.sha256(data).hexdigest():
+            raise UsageError(f"{folder}: map.json and map.safetensors do not belong together; diagnose the model again")
         raw: dict[str, dict[str, Any]] = {}
         for key in sorted(tensors):
             if key.startswith("raw."):
                 _, score, use = key.split(".")
                 raw.setdefault(score, {})[use] = tensors[key]
-        meta = {k: v for k, v in content.items() if k not in ("format", "weights", "attention", "groups", "blocks")}
-        chart = cls(
+        own = ("format", "tensors", "weights", "attention", "groups", "blocks")
+        meta = {k: v for k, v in content.items() if k not in own}
+        return cls(
             tensors["labels"], tensors["contrast"], tensors["strength"], raw, content["blocks"], content["attention"],
             content["weights"], meta,
         )  # fmt: skip
-        if sum(chart.blocks) != len(chart):
-            raise UsageError(f"{folder}: map.json and map.safetensors do not belong together; diagnose the model again")
-        return chart

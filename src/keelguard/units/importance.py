@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from keelguard.units.attribution import Statistics
-from keelguard.units.index import UnitIndex, parameters_by_name
+from keelguard.units.index import Part, UnitIndex, canonical
 
 SCORES = ("decision", "taylor", "variance", "wanda")
 WITHIN_BLOCK = ("variance", "wanda")
@@ -31,14 +31,23 @@ class Importance:
 
 def output_norms(model: Any, index: UnitIndex) -> list[torch.Tensor]:
     """‖B[:, j]‖² of every block's channels, float64 (channels,) on the CPU."""
-    named = parameters_by_name(model)
-    norms = []
-    for block in index.blocks:
-        part = block.output
-        weight = named[part.parameter].detach()
-        weight = weight if part.at is None else weight[part.at]
-        norms.append(weight.double().square().sum(1 - part.dim).cpu())
-    return norms
+    from accelerate.utils import align_module_device
+
+    wanted: dict[str, list[tuple[int, Part]]] = {}
+    for number, block in enumerate(index.blocks):
+        wanted.setdefault(block.output.parameter, []).append((number, block.output))
+    norms: dict[int, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        for inner in [inner for inner, _ in module.named_parameters(recurse=False)]:
+            parts = wanted.get(canonical(f"{name}.{inner}"), ())
+            if not parts:
+                continue
+            with align_module_device(module):  # Brings the weight in where accelerate keeps it elsewhere.
+                weight = getattr(module, inner).detach()
+                for number, part in parts:
+                    whole = weight if part.at is None else weight[part.at]
+                    norms[number] = whole.double().square().sum(1 - part.dim).cpu()
+    return [norms[number] for number in range(len(index.blocks))]
 
 
 def importance(
@@ -94,9 +103,7 @@ class Standard(NamedTuple):
     strength: torch.Tensor
 
 
-def standardise(
-    found: Importance, score: str, blocks: Sequence[int], reference: Importance | None = None
-) -> Standard:
+def standardise(found: Importance, score: str, blocks: Sequence[int], reference: Importance | None = None) -> Standard:
     """z-score the importance for safety and for utility, each over the model or within each block; then compare them.
 
     Args:
@@ -120,4 +127,6 @@ def standardise(
 def _z(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Where all of the scale is equal, as in a block of one unit, nothing differs from it by a known measure: 0."""
     spread = scale.std(correction=0)
-    return (values - scale.mean()) / spread if spread > 0 else torch.zeros_like(values)
+    # Equal values may differ from their own mean by rounding.
+    known = spread > 1e-12 * scale.abs().max()
+    return (values - scale.mean()) / spread if known else torch.zeros_like(values)

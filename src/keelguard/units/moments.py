@@ -4,6 +4,7 @@ Groups make everything that is resampled free: a bootstrap, or the overlap of tw
 anew and reads no activation again. Two accumulators of different prompts merge into what one would have held.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +29,22 @@ class Pooled(NamedTuple):
         return self.m2 / self.count.clamp(min=1) + self.mean**2
 
 
+def group_moments(x: torch.Tensor, groups: torch.Tensor) -> Iterator[tuple[int, float, torch.Tensor, torch.Tensor]]:
+    """Group, count, mean (n,) and sum of squared deviations (n,), float64, of each group among S tokens.
+
+    Args:
+        x: (S, n) activations of any floating dtype.
+        groups: (S,) int64, the group of each token.
+    """
+    # Each group in turn: a product of a short one-hot matrix would cost as much as the model's own.
+    order = groups.argsort(stable=True)
+    for group, rows in enumerate(order.split(torch.bincount(groups).tolist())):
+        if len(rows):
+            part = x[rows].to(torch.float64)
+            mean = part.mean(0)
+            yield group, float(len(rows)), mean, (part - mean).square_().sum(0)
+
+
 @dataclass
 class Moments:
     """Count (G,), mean (G, n) and sum of squared deviations (G, n) of n channels in G groups, in float64.
@@ -47,27 +64,12 @@ class Moments:
         return cls(torch.zeros(groups, dtype=torch.float64, device=device), zeros, zeros.clone())
 
     def update(self, x: torch.Tensor, groups: torch.Tensor) -> None:
-        """Take in S tokens.
+        """Take in S tokens (S, n) of groups (S,); see `group_moments`."""
+        for part in group_moments(x, groups):
+            self.add(*part)
 
-        Args:
-            x: (S, n) activations of any floating dtype.
-            groups: (S,) int64, the group of each token.
-        """
-        if not len(x):
-            return
-        # Each group in turn: a product of a short one-hot matrix would cost as much as the model's own.
-        order = groups.argsort(stable=True)
-        sizes = torch.bincount(groups, minlength=len(self.count)).tolist()
-        start = 0
-        x = x[order].to(torch.float64)
-        for group, size in enumerate(sizes):
-            if size:
-                part = x[start : start + size]
-                mean = part.mean(0)
-                self._add(group, float(size), mean, (part - mean).square_().sum(0))
-                start += size
-
-    def _add(self, group: int, count: float, mean: torch.Tensor, m2: torch.Tensor) -> None:
+    def add(self, group: int, count: float, mean: torch.Tensor, m2: torch.Tensor) -> None:
+        """Take in the count, mean (n,) and sum of squared deviations (n,) of further tokens of a group."""
         total = self.count[group] + count
         shift = mean - self.mean[group]
         self.m2[group] += m2 + shift**2 * (self.count[group] * count / total)
@@ -79,7 +81,7 @@ class Moments:
         for group in range(len(self.count)):
             if other.count[group] > 0:
                 count = float(other.count[group])
-                self._add(group, count, other.mean[group].to(self.mean), other.m2[group].to(self.m2))
+                self.add(group, count, other.mean[group].to(self.mean), other.m2[group].to(self.m2))
 
     def pooled(self, weights: torch.Tensor | None = None) -> Pooled:
         """All groups together, each as often as its weight (G,) says; once by default."""

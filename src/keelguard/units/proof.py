@@ -262,4 +262,3 @@ def _ranks(values: Sequence[float]) -> torch.Tensor:
     below = (tensor[:, None] > tensor).sum(1)
     equal = (tensor[:, None] == tensor).sum(1)
     return below + (equal - 1) / 2
-

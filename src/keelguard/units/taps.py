@@ -62,14 +62,20 @@ def _tapped_experts(module: Any, blocks: list[Block], edit: Edit) -> Iterator[No
     """Let an experts module compute expert by expert, through transformers' own interface for that."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    while hasattr(module, "base_layer"):  # PEFT wraps the whole module, once for each parameter that it adapts.
+        module = module.base_layer
     ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)
     before = module.config._experts_implementation
+    outer = getattr(module, "keelguard_taps", ())
     module.config._experts_implementation = _EXPERTS
-    module.keelguard_tap = (blocks, edit)
+    module.keelguard_taps = (*outer, (blocks, edit))
     try:
         yield
     finally:
-        del module.keelguard_tap
+        if outer:
+            module.keelguard_taps = outer
+        else:
+            del module.keelguard_taps
         module.config._experts_implementation = before
 
 
@@ -77,14 +83,15 @@ def _experts_forward(
     module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts' forward pass, hidden (S, H) → (S, H), with a stop at each expert's activations."""
-    blocks, edit = module.keelguard_tap
     result = torch.zeros_like(hidden)
     for expert in range(module.down_proj.shape[0]):
         tokens, place = torch.where(top_k_index == expert)
         if not len(tokens):
             continue
         x = module._apply_gate(F.linear(hidden[tokens], module.gate_up_proj[expert]))
-        edited = edit(blocks[expert], x, tokens)
-        x = F.linear(x if edited is None else edited, module.down_proj[expert])
+        for blocks, edit in module.keelguard_taps:
+            edited = edit(blocks[expert], x, tokens)
+            x = x if edited is None else edited
+        x = F.linear(x, module.down_proj[expert])
         result.index_add_(0, tokens, (x * top_k_weights[tokens, place, None]).to(result.dtype))
     return result

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from keelguard.errors import KeelguardError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, save_checkpoint
 from keelguard.progress import SILENT, Reporter
@@ -110,7 +111,7 @@ def run_training(
         "versions": versions(),
     }
     out = Path(out)
-    with _opened(out, command, bound):
+    with _opened(out, command, bound), _mistakes_undone(out):
         rows: dict[str, Row] = {}
 
         def row(name: str, model: Any, trained: int = 0, seconds: float = 0.0) -> Row | None:
@@ -125,28 +126,29 @@ def run_training(
             if kept.exists():
                 rows[name] = Row.from_json(read_json(kept))
         row(BEFORE, loaded.model)
-        model: Any = None
         for number, (name, arm) in enumerate(arms.items()):
             last = number == len(arms) - 1
             if name in rows and not (last and not (out / "model").exists()):
                 continue
+            model = loaded.model if last else copy.deepcopy(loaded.model)
             state = out / f"state-{number}"
-            model, trained, seconds = _trained(
-                loaded.model if last else copy.deepcopy(loaded.model), loaded, chats, arm, config, state, reporter, name
-            )
+            model, trained, seconds = _trained(model, loaded, chats, arm, config, state, reporter, name)
             if last:
                 _save(out / "model", model, loaded, command, config)
                 if is_main() and _is_sharded(model):
                     model = load_model(out / "model", device="cpu").model
             row(name, model, trained, seconds)
-            if is_main():
-                shutil.rmtree(state, ignore_errors=True)
+            _remove_states(out)
+            # The next arm needs the memory.
+            del model
         _barrier()
         result = TrainingResult({n: rows[n] for n in (BEFORE, *arms) if n in rows}, out / "model", _hash(out / "model"))
         if is_main():
             shown = {name: found.to_json() for name, found in result.rows.items()}
             head = {"format": "keelguard.training/1", "command": command, "weights": result.weights}
             write_json(out / f"{command}.json", {**head, "settings": bound, "rows": shown})
+        # Of an arm whose row was written just before a kill.
+        _remove_states(out)
     return result
 
 
@@ -215,7 +217,34 @@ def _opened(out: Path, command: str, settings: dict[str, Any]) -> Iterator[None]
         yield
         return
     with open_run(out, command, settings):
+        # What a killed process left half-written is nobody's: the lock is ours.
+        for stale in (*out.glob(".*.tmp"), *out.glob(".*.old"), *(out / "rows").glob(".*.tmp")):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
         yield
+
+
+@contextmanager
+def _mistakes_undone(out: Path) -> Iterator[None]:
+    """Empty a folder that was new when its settings cannot be trained with: they must not bind it to themselves."""
+    new = is_main() and not (out / "rows").exists()
+    try:
+        yield
+    except KeelguardError:
+        trained = {path.stem for path in (out / "rows").glob("*.json")} - {BEFORE}
+        if new and not trained and not any(out.glob("state-*/checkpoint-*")):
+            shutil.rmtree(out / "rows", ignore_errors=True)
+            _remove_states(out)
+        raise
+
+
+def _remove_states(out: Path) -> None:
+    """Remove the checkpoints of arms that have their row."""
+    if is_main():
+        for state in out.glob("state-*"):
+            shutil.rmtree(state, ignore_errors=True)
 
 
 def _save(folder: Path, model: Any, loaded: LoadedModel, command: str, config: TrainConfig) -> None:
@@ -256,16 +285,28 @@ def _hash(folder: Path) -> str:
 
 
 def training_table(result: TrainingResult) -> Any:
-    """The rows of a result for the terminal: task loss and safety side by side."""
+    """The rows of a result for the terminal, one column per model: 80 columns hold three with their intervals."""
     from rich.table import Table
+    from rich.text import Text
 
-    from keelguard.plots import rate_text
+    from keelguard.plots import NOTHING, legible, rate_text
 
-    table = Table("model", "task loss", "held out", "attack success", "refused", "over-refusal", "utility", "trained")
-    for name, row in result.rows.items():
-        held_out = "–" if row.held_out_loss is None else f"{row.held_out_loss:.4f}"
-        point = row.point
-        rates = (point.asr, point.refused, point.over_refusal, point.utility) if point else (None,) * 4
-        trained = f"{row.trained:,}" if row.trained else "–"
-        table.add_row(name, f"{row.task_loss:.4f}", held_out, *(rate_text(rate) for rate in rates), trained)
+    measures: dict[str, Callable[[Row], str]] = {
+        "task loss": lambda row: f"{row.task_loss:.4f}",
+        "held-out loss": lambda row: NOTHING if row.held_out_loss is None else f"{row.held_out_loss:.4f}",
+        "attack success": lambda row: rate_text(row.point and row.point.asr),
+        "refused": lambda row: rate_text(row.point and row.point.refused),
+        "over-refusal": lambda row: rate_text(row.point and row.point.over_refusal),
+        "utility": lambda row: rate_text(row.point and row.point.utility),
+        "numbers trained": lambda row: f"{row.trained:,}" if row.trained else NOTHING,
+    }
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for name in result.rows:
+        table.add_column(Text(legible(name)), justify="right", overflow="fold")
+    for title, words in measures.items():
+        cells = [words(row) for row in result.rows.values()]
+        # What was measured of no model needs no line.
+        if any(cell != NOTHING for cell in cells):
+            table.add_row(title, *map(Text, cells))
     return table

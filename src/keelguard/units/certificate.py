@@ -1,0 +1,138 @@
+"""The certificate that `keelguard verify` gives: its file, and its words for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keelguard.errors import UsageError
+from keelguard.runs import disk_errors, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "keelguard.certificate/1"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a comparison found.
+
+    A unit is equal if every value of every row that it owns is, compared exactly after widening (0.0 and −0.0 are
+    equal; so are two NaN). A row that units share moves all of them. A distance is ‖Δ‖ / ‖W‖ over all values of a
+    unit; null in the JSON, and infinite in the tensor, where it is not finite.
+
+    Attributes:
+        base, tuned: source, adapter, hash of the weights on disk, architecture and dtypes of either model.
+        chart: digest, attention option and number of units of the unit map.
+        groups: equal, moved, share moved, median and max distance of the moved units, by group.
+        layers: the same for every layer: {"layer": 0, "groups": {…}}.
+        outside: parameters that belong to no unit (embeddings, norms, head, rows of queries and keys under
+            "channel"): how many are equal, and name, state ("moved", "resized") and distance of the others.
+        config: entries of the configuration that differ, as [base, tuned]: equal weights may still compute otherwise.
+        notes: what a reader must know, in sentences.
+        required: the requirement, as `UnitMap.select` takes it; empty if nothing was required.
+        selected, violations: how many units it selects, and how many of them moved.
+        holds: none of them moved; true where nothing is required.
+        broken: the first 20 of them by name, such as "layers.3.mlp[17]".
+        distances: (units,) float64, 0 exactly where a unit is equal; None if the tensor's file is missing.
+    """
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    chart: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Any]]
+    layers: Sequence[Mapping[str, Any]]
+    outside: Mapping[str, Any]
+    config: Mapping[str, Any]
+    notes: Sequence[str]
+    required: str
+    selected: int
+    violations: int
+    holds: bool
+    broken: Sequence[str]
+    distances: "torch.Tensor | None" = None
+
+    @property
+    def moved(self) -> int:
+        """How many units moved."""
+        return sum(group["moved"] for group in self.groups.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON, and the distances beside it as safetensors; the JSON comes last and vouches for them.
+
+        Raises:
+            FailureError: the disk is full or the path cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        if self.distances is not None:
+            file = path.with_suffix(".safetensors")
+            temporary = file.with_name(f".{file.name}.tmp")
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"distances": self.distances.contiguous()}, temporary, metadata={"format": FORMAT})
+                temporary.replace(file)
+        write_json(path, {"format": FORMAT, **{k: v for k, v in vars(self).items() if k != "distances"}})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Certificate":
+        """The inverse of `save`; the file of the distances may be missing.
+
+        Raises:
+            UsageError: there is no certificate, it is damaged, or its files do not belong together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        content = read_json(path)
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise UsageError(f"{path}: is no certificate of the format {FORMAT}; run `keelguard verify` again")
+        file = path.with_suffix(".safetensors")
+        try:
+            distances = load_file(file)["distances"] if file.is_file() else None
+            certificate = cls(**content, distances=distances)
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
+            raise UsageError(f"{path}: is damaged ({error}); run `keelguard verify` again") from error
+        if distances is not None and (len(distances), int((distances > 0).sum())) != (
+            certificate.chart["units"],
+            certificate.moved,
+        ):
+            raise UsageError(f"{file}: does not belong to {path.name}; run `keelguard verify` again")
+        return certificate
+
+
+def certificate_lines(certificate: Certificate) -> list[str]:
+    """The certificate for a terminal, line by line: verdict, groups, layers that moved, the rest of the model."""
+    lines = []
+    if certificate.required:
+        verdict = "holds" if certificate.holds else "BROKEN"
+        lines.append(
+            f"{certificate.required}: {verdict}, {certificate.violations} of {certificate.selected} units moved"
+        )
+        lines += [f"  {name}" for name in certificate.broken]
+        if certificate.violations > len(certificate.broken):
+            lines.append(f"  … and {certificate.violations - len(certificate.broken)} more")
+    else:
+        lines.append("Nothing was required (--require), so that nothing can be broken.")
+    lines.append(f"{'':<8}{'equal':>9}{'moved':>9}{'median':>10}{'max':>10}")
+    lines += [_line(group, found) for group, found in certificate.groups.items()]
+    for layer in certificate.layers:
+        moved = [f"{group} {found['moved']}" for group, found in layer["groups"].items() if found["moved"]]
+        if moved:
+            lines.append(f"layer {layer['layer']}: moved {', '.join(moved)}")
+    lines.append(f"outside of units: {certificate.outside['equal']} parameters equal")
+    for entry in certificate.outside["changed"]:
+        lines.append(f"  {entry['name']}: {entry['state']}, distance {_figure(entry['distance'])}")
+    return [*lines, *certificate.notes]
+
+
+def _line(group: str, found: Mapping[str, Any]) -> str:
+    median, most = (_figure(found[key]) if found["moved"] else "–" for key in ("median", "max"))
+    return f"{group:<8}{found['equal']:>9}{found['moved']:>9}{median:>10}{most:>10}"
+
+
+def _figure(distance: float | None) -> str:
+    return "infinite" if distance is None else f"{distance:.2g}"
