@@ -6,6 +6,7 @@ loaded = load_model("base", adapter="adapter")   # a PEFT adapter on its base
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ def load_model(
 
     if dtype == "auto" and training:
         dtype = "float32"
+    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        # A launcher gives every process one GPU; spreading would put a part of each copy on all of them.
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     spread = device == "auto" and torch.cuda.is_available()
     part = base
     try:

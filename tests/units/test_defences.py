@@ -53,6 +53,12 @@ class Watch(Method):
         self.look(run)
 
 
+def unpadded(batch: dict[str, torch.Tensor]) -> list[str]:
+    """The ids of every row of a batch, as text."""
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [str(ids[told].tolist()) for ids, told in rows]
+
+
 def divergence(model: Any) -> float:
     """Mean KL(original ‖ model) at the decision positions, prompt by prompt."""
     values = []
@@ -73,7 +79,7 @@ def test_decision_positions_are_the_prompts_last_token_and_the_refusals_first():
     for row, chat in zip(rows, encode_chats(tokenizer, REFUSALS), strict=True):
         assert row.positions == 4
         assert row.ids == chat.ids[: chat.response.start + 3]
-        assert tokenizer.decode(row.ids).endswith(str(tokenizer.decode(chat.ids[chat.response.start :][:3])))
+        assert row.ids[-3:] == chat.ids[chat.response.start :][:3]
     short = ((user("Hello"), assistant("No")),)
     (row,) = encode_decisions(tokenizer, short, 50, "test")
     (chat,) = encode_chats(tokenizer, short)
@@ -116,11 +122,11 @@ def test_an_anchor_holds_the_decisions_where_the_original_was():
 
 
 def test_the_anchor_goes_round_its_prompts():
-    seen: list[int] = []
+    seen: list[str] = []
 
     def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if "logits_to_keep" in kwargs and torch.is_grad_enabled():
-            seen.extend(kwargs["input_ids"].sum(1).tolist())
+        if torch.is_grad_enabled() and "labels" not in kwargs:
+            seen.extend(unpadded(kwargs))
 
     class Spy(Anchor):
         def begin(self, run: Run) -> None:
@@ -128,12 +134,17 @@ def test_the_anchor_goes_round_its_prompts():
             super().begin(run)
 
     train([Spy(REFUSALS, AnchorConfig(prompts=3, per_step=2, tokens=2))])
-    assert len(seen) == 12
-    assert len(set(zip(seen[::3], seen[1::3], seen[2::3], strict=True))) <= 2  # Padding may differ, the order may not.
+    prompts = [str(row.ids) for row in encode_decisions(tiny_tokenizer(), REFUSALS[:3], 2, "test")]
+    assert [prompts.index(row) for row in seen] == [0, 1, 2] * 4
+
+
+def test_an_anchor_without_prompts_or_with_odd_settings_is_refused():
     with pytest.raises(UsageError, match="anchor: per_step 0 is out of range"):
         AnchorConfig(per_step=0)
     with pytest.raises(UsageError, match="anchor: needs harmful requests"):
         train([Anchor([])])
+    with pytest.raises(UsageError, match="anchor: safety chat 1 has no answer"):
+        train([Anchor([REFUSALS[0], (user("Hello"),)])])
 
 
 # Projection
@@ -159,6 +170,13 @@ def test_orthonormal_keeps_the_span_and_drops_what_is_there_twice():
     assert [p.shape for p in found] == [p.shape for p in parts]
     torch.testing.assert_close(torch.cat([p.flatten() for p in found]), q.T @ (q @ flat), atol=1e-5, rtol=1e-4)
     assert orthonormal([torch.zeros(2, 3)])[0].shape == (0, 3)
+
+
+def test_directions_that_nearly_coincide_become_orthonormal_too():
+    torch.manual_seed(0)
+    rows = torch.randn(1, 200) + 5e-3 * torch.randn(4, 200)
+    q = dense(orthonormal([rows[:, :50], rows[:, 50:]]))
+    torch.testing.assert_close(q @ q.T, torch.eye(4), atol=1e-5, rtol=0)
 
 
 def test_directions_span_the_gradients_of_the_refusals_tokens():
@@ -251,11 +269,12 @@ def test_projection_keeps_the_refusals_probability():
 def test_directions_that_do_not_fit_and_odd_settings_are_refused():
     with pytest.raises(UsageError, match=r"8 directions of \d+ parameters take 0.0 GB.*train a LoRA"):
         train([Project(REFUSALS, ProjectConfig(directions=8, tokens=2, memory_gb=1e-4))])
-    for changes, part in (
+    odd: list[tuple[dict[str, Any], str]] = [
         ({"target": "both"}, "choose update or gradient"),
         ({"directions": 4}, "directions 4 are fewer than tokens 6"),
         ({"refresh": -1}, "project: refresh -1"),
-    ):
+    ]
+    for changes, part in odd:
         with pytest.raises(UsageError, match=part):
             ProjectConfig(**changes)
 
@@ -343,12 +362,10 @@ def test_the_average_follows_its_formula_and_is_what_is_returned(lora_rank: int)
             average.extend(p.detach().clone() for p in run.trainable())
 
     config = TrainConfig(steps=4, learning_rate=3e-3, batch_size=4, lora_rank=lora_rank)
-    tuned = train([Look(), Ema(EmaConfig(0.8)), Look()][:: 1 if lora_rank else 1], config)
-    path = path[::2]
+    tuned = train([Ema(EmaConfig(0.8)), Look()], config)
     expected = [p.double() for p in path[0]]
     for weights in path[1:]:
         expected = [0.8 * m + 0.2 * w.double() for m, w in zip(expected, weights, strict=True)]
-    average = average[len(average) // 2 :]
     assert len(path) == 5
     for found, wanted in zip(average, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
@@ -362,14 +379,14 @@ def test_the_average_follows_its_formula_and_is_what_is_returned(lora_rank: int)
 def test_lisa_alternates_between_its_states_and_their_data():
     method = Lisa(REFUSALS, LisaConfig(safety_steps=2, task_steps=3))
     kinds: list[str] = []
-    safety = {str(chat.ids[:12]) for chat in encode_chats(tiny_tokenizer(), REFUSALS)}
+    safety = {str(chat.ids) for chat in encode_chats(tiny_tokenizer(), REFUSALS)}
 
     class Look(Method):
         def begin(self, run: Run) -> None:
             run.model.register_forward_pre_hook(look, with_kwargs=True)
 
     def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        rows = [str(row[:12].tolist()) in safety for row in kwargs["input_ids"]]
+        rows = [row in safety for row in unpadded(kwargs)]
         assert len(set(rows)) == 1
         kinds.append("S" if rows[0] else "t")
 

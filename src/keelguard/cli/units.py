@@ -1,7 +1,10 @@
 """`keelguard diagnose`, `finetune`, `align` and `verify`: safety units (SSAH)."""
 
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +20,7 @@ from keelguard.cli.options import (
     numbers,
     testbed_data,
 )
+from keelguard.errors import FailureError, UsageError
 
 
 def diagnose(
@@ -73,21 +77,37 @@ def diagnose(
     from rich.console import Console
 
     from keelguard.data import Columns
-    from keelguard.models import check_source, load_model, resolve_sources
+    from keelguard.models import check_source, resolve_sources
     from keelguard.units.diagnose import DiagnoseConfig
     from keelguard.units.evidence import ProofConfig
+    from keelguard.units.groups import UnitMap
     from keelguard.units.page import diagnosis_tables
     from keelguard.units.run import run_diagnosis
 
+    reporter = make_reporter()
     for part in filter(None, resolve_sources(model, adapter)):
         check_source(part, allow_pickle)
     if not utility:
-        data = testbed_data(model, "--utility FILE, and --safety FILE for an aligned model")
-        utility = [str(data.data / "utility.train.jsonl")]
+        files = testbed_data(model, "--utility FILE, and --safety FILE for an aligned model")
+        taken: dict[str, Any] = {"utility": files.data / "utility.train.jsonl"}
         # The base of the testbed answers everything: there is no safety in it to find.
-        aligned = Path(model).name != "base"
-        safety = safety or ([str(data.data / "harmful.train.jsonl")] if aligned else None)
-        suite = suite or str(data.suite())
+        if not safety and Path(model).name != "base":
+            taken["safety"] = files.data / "harmful.train.jsonl"
+        if not suite and prove:
+            taken["suite"] = files.suite()
+        utility, safety = [str(taken["utility"])], safety or _one(taken.get("safety"))
+        suite = suite or str(taken.get("suite", ""))
+        _announce(reporter, files, taken)
+    for option, asked in (("--prove", prove), ("--direction", direction)):
+        if asked and not safety:
+            raise UsageError(f"{option}: needs harmful requests that the model refuses; name a file with --safety")
+    if prove:
+        _check_suite(suite, "name a suite file, or none, to ask rows that the diagnosis has not read")
+    if before is not None:
+        try:
+            UnitMap.load(before)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--units", "--before")) from error
     settings = DiagnoseConfig(
         safety=tuple(safety or ()),
         utility=tuple(utility),
@@ -116,17 +136,6 @@ def diagnose(
         limit=limit,
     )
 
-    def load(source: str):
-        return load_model(
-            source,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            chat_template=chat_template,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
-
     found = run_diagnosis(
         model,
         settings,
@@ -134,8 +143,8 @@ def diagnose(
         proof=proof if prove else None,
         before=before,
         direction=direction,
-        load=load,
-        reporter=make_reporter(),
+        load=_loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        reporter=reporter,
     )
     console = Console()
     console.print(diagnosis_tables(found.diagnosis.chart, found.proof, width=console.width))
@@ -162,6 +171,7 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also train without pro
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or hub id.")],
     data: Data = [],  # noqa: B006
     units: Annotated[Path | None, typer.Option(help="Unit map of MODEL, from `keelguard diagnose`.")] = None,
@@ -177,6 +187,7 @@ def finetune(
     held_out: HeldOut = None,
     compare: Compare = False,
     base: Annotated[str | None, typer.Option(help="The model before its alignment, for safelora.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on MODEL; it is merged first.")] = None,
     suite: Suite = "",
     limit: Limit = 100,
     others: Others = "train",
@@ -218,7 +229,8 @@ def finetune(
 
       keelguard finetune ./my-model --data task.jsonl --units runs/diagnose --protect freeze --freeze scu,cu:0.06
     """
-    from keelguard.data import load_chats, load_requests
+    from keelguard.data import load_chats
+    from keelguard.models import check_source, resolve_sources
     from keelguard.training import TrainConfig
     from keelguard.units.defences import AnchorConfig, MixConfig
     from keelguard.units.finetune import FinetuneConfig
@@ -226,14 +238,29 @@ def finetune(
     from keelguard.units.groups import UnitMap
     from keelguard.units.projection import ProjectConfig
 
+    _refuse_unread(context, protect)
+    reporter = _main_reporter()
+    for part in filter(None, (*resolve_sources(model, adapter), base)):
+        check_source(part, allow_pickle)
     if not data:
-        files = testbed_data(model, "--data FILE, and --safety FILE")
-        data = [str(files.data / "finetune-benign.train.jsonl")]
-        held_out = held_out or [str(files.data / "finetune-benign.validation.jsonl")]
-        safety = safety or [str(files.data / "harmful.train.jsonl")]
-        suite = suite or str(files.suite())
+        files = _testbed_in_turn(model, "--data FILE, and --safety FILE")
+        taken: dict[str, Any] = {"data": files.data / "finetune-benign.train.jsonl"}
+        if not held_out:
+            taken["held_out"] = files.data / "finetune-benign.validation.jsonl"
+        if not safety:
+            taken["safety"] = files.data / "harmful.train.jsonl"
+        if not suite:
+            taken["suite"] = files.suite()
         # The budget of the suite's benign fine-tune, at which an unprotected model loses its safety.
-        steps, learning_rate = (steps or 100), (7e-4 if learning_rate == 2e-5 else learning_rate)
+        taken |= _unless_given(context, steps=100, learning_rate=7e-4)
+        data, held_out, safety = (
+            [str(taken["data"])],
+            held_out or _one(taken["held_out"]),
+            safety or _one(taken["safety"]),
+        )
+        suite = suite or str(taken["suite"])
+        steps, learning_rate = taken.get("steps", steps), taken.get("learning_rate", learning_rate)
+        _announce(reporter, files, taken)
     settings = FinetuneConfig(
         train=TrainConfig(
             steps=steps,
@@ -257,8 +284,7 @@ def finetune(
         project=ProjectConfig(directions=directions, prompts=prompts, tokens=tokens),
         mix=MixConfig(share=mix_share, seed=seed),
     )
-    requests = [request for source in safety or () for request in load_requests(source)]
-    taught, asked = requests[: max(128, prompts)], requests[max(128, prompts) :]
+    taught, asked = _split(safety or (), max(128, prompts), seed)
     result = run(
         model,
         [chat for source in data for chat in load_chats(source)],
@@ -267,16 +293,17 @@ def finetune(
         chart=UnitMap.load(units) if units else None,
         safety=taught,
         held_out=[chat for source in held_out or () for chat in load_chats(source)],
-        probe=_probe(suite, limit, asked),
+        probe=_probe(suite, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
         base=base,
         compare=compare,
-        load=_loader(chat_template, dtype, device, allow_pickle, trust_remote_code),
-        reporter=make_reporter(),
+        load=_loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        reporter=reporter,
     )
     _print_training(result, out / "finetune.json")
 
 
 def align(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of the model to align.")],
     data: Data = [],  # noqa: B006
     units: Annotated[Path | None, typer.Option(help="Unit map of BASE, from `keelguard diagnose --utility`.")] = None,
@@ -320,16 +347,25 @@ def align(
       keelguard align ./my-base --data alignment.jsonl --units runs/budget --train ru --compare
     """
     from keelguard.data import load_chats
+    from keelguard.models import check_source, resolve_sources
     from keelguard.training import TrainConfig
     from keelguard.units.align import align as run
     from keelguard.units.groups import UnitMap
 
+    reporter = _main_reporter()
+    for part in filter(None, resolve_sources(base, None)):
+        check_source(part, allow_pickle)
     if not data:
-        files = testbed_data(base, "--data FILE")
-        data = [str(files.data / "alignment.train.jsonl")]
-        held_out = held_out or [str(files.data / "alignment.validation.jsonl")]
-        suite = suite or str(files.suite())
-        steps, learning_rate = (steps or 300), (1e-3 if learning_rate == 2e-5 else learning_rate)
+        files = _testbed_in_turn(base, "--data FILE")
+        taken: dict[str, Any] = {"data": files.data / "alignment.train.jsonl"}
+        if not held_out:
+            taken["held_out"] = files.data / "alignment.validation.jsonl"
+        if not suite:
+            taken["suite"] = files.suite()
+        taken |= _unless_given(context, steps=300, learning_rate=1e-3)
+        data, held_out, suite = [str(taken["data"])], held_out or _one(taken["held_out"]), suite or str(taken["suite"])
+        steps, learning_rate = taken.get("steps", steps), taken.get("learning_rate", learning_rate)
+        _announce(reporter, files, taken)
     result = run(
         base,
         [chat for source in data for chat in load_chats(source)],
@@ -352,10 +388,10 @@ def align(
         train=train,
         others=others,  # pyright: ignore[reportArgumentType]
         held_out=[chat for source in held_out or () for chat in load_chats(source)],
-        probe=_probe(suite, limit, ()),
+        probe=_probe(suite, limit, (), "--suite", reporter),
         compare=compare,
-        load=_loader(chat_template, dtype, device, allow_pickle, trust_remote_code),
-        reporter=make_reporter(),
+        load=_loader(base, None, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        reporter=reporter,
     )
     _print_training(result, out / "align.json")
 
@@ -405,26 +441,147 @@ def verify(
         raise typer.Exit(1)
 
 
-def _loader(chat_template: Path | None, dtype: str, device: str, allow_pickle: bool, trust_remote_code: bool):
-    from functools import partial
+_READ_BY = {
+    "units": ("freeze",),
+    "freeze": ("freeze",),
+    "others": ("freeze",),
+    "base": ("safelora",),
+    "prompts": ("anchor", "project"),
+    "tokens": ("anchor", "project"),
+    "anchor_weight": ("anchor",),
+    "directions": ("project",),
+    "mix_share": ("mix",),
+}
+"""Options of `finetune` that only some protections read."""
 
+
+def _refuse_unread(context: typer.Context, protect: str) -> None:
+    """Somebody who types --units without --protect freeze must not believe that the units are frozen."""
+    chosen = {name.strip() for name in protect.split(",")}
+    for name, readers in _READ_BY.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and not chosen & {*readers}:
+            option, reader = name.replace("_", "-"), " or ".join(readers)
+            raise UsageError(f"--{option}: only {reader} reads it; add that to --protect {protect}, or leave it out")
+
+
+def _unless_given(context: typer.Context, *, steps: int, learning_rate: float) -> dict[str, Any]:
+    """Defaults of a testbed's model for what neither the command line nor --config gives."""
+    given = {
+        name
+        for name in ("steps", "epochs", "learning_rate")
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    }
+    found = {} if given & {"steps", "epochs"} else {"steps": steps}
+    return found if "learning_rate" in given else {**found, "learning_rate": learning_rate}
+
+
+def _announce(reporter, files, taken: dict[str, Any]) -> None:
+    """Say in one line what a model of the testbed brought by default."""
+    parts = [f"--{k.replace('_', '-')} {v.name if isinstance(v, Path) else f'{v:g}'}" for k, v in taken.items()]
+    reporter.note(f"a model of the testbed, so by default {' '.join(parts)} (files in {files.data})")
+
+
+def _one(path: Path | None) -> list[str] | None:
+    return None if path is None else [str(path)]
+
+
+def _testbed_in_turn(source: str, remedy: str):
+    """`testbed_data`, for which the processes of one launch take turns: whoever looks at the testbed locks it."""
+    for _ in range(100):
+        try:
+            return testbed_data(source, remedy)
+        except FailureError:
+            if "WORLD_SIZE" not in os.environ:
+                raise
+            time.sleep(0.1)
+    return testbed_data(source, remedy)
+
+
+def _main_reporter():
+    """Progress of the main process alone: the others would say the same."""
+    from keelguard.progress import SILENT
+    from keelguard.units.training import is_main
+
+    return make_reporter() if is_main() else SILENT
+
+
+def _loader(
+    source: str,
+    adapter: str | None,
+    chat_template: Path | None,
+    dtype: str,
+    device: str,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+):
+    """`load_model` with a command's options; the adapter is that of `source`."""
     from keelguard.models import load_model
 
-    return partial(
-        load_model,
-        dtype=dtype,
-        device=device,
-        chat_template=chat_template,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    def load(wanted: str, **options: Any):
+        return load_model(
+            wanted,
+            adapter=adapter if wanted == source else None,
+            dtype=dtype,
+            device=_own_device(device),
+            chat_template=chat_template,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+
+    return load
 
 
-def _probe(suite: str, limit: int, harmful):
+def _own_device(device: str) -> str:
+    """Under `accelerate launch` every process has one device; auto would spread each one's model over all of them."""
+    if device != "auto":
+        return device
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return "cpu"
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+def _split(sources: Sequence[str], most: int, seed: int):
+    """Harmful requests to hold on to, and others to measure with: those that a diagnosis reads, and those it leaves."""
+    import random
+
+    from keelguard.data import load_requests
+    from keelguard.units.material import FEWEST
+
+    taught, asked = [], []
+    for source in sources:
+        requests = load_requests(source)
+        # Files are often sorted by kind.
+        random.Random(f"safety-{seed}").shuffle(requests)
+        count = min(most, max(FEWEST, len(requests) // 2))
+        taught += requests[:count]
+        asked += requests[count:]
+    return taught, asked
+
+
+def _check_suite(suite: str, remedy: str) -> None:
+    """Refuse at once a suite that the command would stumble over at its end."""
+    from keelguard.evaluation.audit import AuditConfig, load_suite
+
+    if suite == "general":
+        raise UsageError(f"--suite general: brings no harmful requests of its own; {remedy}")
+    if suite:
+        load_suite(AuditConfig(suite=suite, limit=1))
+
+
+def _probe(suite: str, limit: int, harmful, remedy: str, reporter):
     """What safety is measured with: a suite, or harmful requests that no method has seen; else nothing."""
     from keelguard.units.evidence import ProofConfig, make_probe
+    from keelguard.units.material import FEWEST
 
-    if not suite and not harmful:
+    _check_suite(suite, "name a suite file")
+    if not suite and len(harmful) < FEWEST:
+        reporter.note(f"safety is not measured; give {remedy}")
         return None
     return make_probe(ProofConfig(suite=suite, limit=limit), harmful, ())
 
@@ -432,7 +589,8 @@ def _probe(suite: str, limit: int, harmful):
 def _print_training(result, path: Path) -> None:
     from rich.console import Console
 
-    from keelguard.units.training import training_table
+    from keelguard.units.training import is_main, training_table
 
-    Console().print(training_table(result))
-    typer.echo(f"{result.model}: the new checkpoint; {path}: the figures")
+    if is_main():
+        Console().print(training_table(result))
+        typer.echo(f"{result.model}: the new checkpoint; {path}: the figures")

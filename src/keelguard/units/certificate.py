@@ -24,7 +24,7 @@ class Certificate:
 
     Attributes:
         base, tuned: source, adapter, hash of the weights on disk, architecture and dtypes of either model.
-        chart: digest, attention option and number of units of the unit map.
+        chart: digest, hash of the labels, attention option and number of units of the unit map.
         groups: equal, moved, share moved, median and max distance of the moved units, by group.
         layers: the same for every layer: {"layer": 0, "groups": {…}}.
         outside: parameters that belong to no unit (embeddings, norms, head, rows of queries and keys under

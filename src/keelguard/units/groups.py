@@ -217,9 +217,10 @@ class UnitMap:
         folder = Path(folder)
         tensors = {"labels": self.labels, "contrast": self.contrast, "strength": self.strength}
         for score, uses in self.raw.items():
-            tensors.update({f"raw.{score}.{use}": value.contiguous() for use, value in uses.items()})
+            tensors.update({f"raw.{score}.{use}": value for use, value in uses.items()})
         temporary = folder / ".map.safetensors.tmp"
-        content = save(tensors, metadata={"format": FORMAT})
+        # Copies, since safetensors refuses tensors that share memory.
+        content = save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata={"format": FORMAT})
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)

@@ -19,8 +19,8 @@ from keelguard.units.defences import Decision, decision_log_probs, encode_decisi
 if TYPE_CHECKING:
     import torch
 
-_RANK = 1e-8
-"""Directions whose squared singular value is below this share of the largest are rounding, not directions."""
+_RANK = 1e-6
+"""Directions whose squared singular value is below this share of the largest are float32's rounding, not directions."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def orthonormal(blocks: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":
         scale = gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
         scale[gram.diagonal() == 0] = 0
         values, vectors = torch.linalg.eigh(gram * scale * scale[:, None])
-        kept = values > _RANK * values.max().clamp(min=torch.finfo(torch.float64).tiny)
+        kept = values > max(_RANK * float(values[-1:].sum()), torch.finfo(torch.float64).tiny)
         mixing = (vectors[:, kept] * values[kept].rsqrt()).T * scale
         blocks = [mixing.to(block.device, block.dtype) @ block for block in blocks]
     return blocks

@@ -8,6 +8,7 @@
 """
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from keelguard.errors import KeelguardError
+from keelguard.errors import FailureError, KeelguardError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, save_checkpoint
 from keelguard.progress import SILENT, Reporter
@@ -201,8 +202,11 @@ def _row(
     seconds: float,
 ) -> Row:
     loaded.model.eval()
+    task_loss = chat_loss(loaded.model, loaded.tokenizer, chats)
+    if not math.isfinite(task_loss):
+        raise FailureError(f"the loss is {task_loss} behind the last step; lower learning_rate")
     return Row(
-        task_loss=chat_loss(loaded.model, loaded.tokenizer, chats),
+        task_loss=task_loss,
         held_out_loss=chat_loss(loaded.model, loaded.tokenizer, held_out) if held_out else None,
         point=measure(loaded, probe) if probe else None,
         trained=trained,
@@ -298,7 +302,7 @@ def training_table(result: TrainingResult) -> Any:
         "refused": lambda row: rate_text(row.point and row.point.refused),
         "over-refusal": lambda row: rate_text(row.point and row.point.over_refusal),
         "utility": lambda row: rate_text(row.point and row.point.utility),
-        "numbers trained": lambda row: f"{row.trained:,}" if row.trained else NOTHING,
+        "optimiser holds": lambda row: f"{row.trained:,}" if row.trained else NOTHING,
     }
     table = Table()
     table.add_column("", no_wrap=True)

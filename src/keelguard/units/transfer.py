@@ -4,8 +4,8 @@
     transfer.share("RU", "CU")                      # of all units
 
 The paper's Figure 4 (arXiv 2410.10862) classifies before and after a fine-tune. Groups of fixed shares cannot shrink or
-grow, so the first map's thresholds are carried over as absolute scores: its least I_S − I_U of an SCU, its least
-I_U − I_S of a UCU and its greatest |I_S| + I_U of an RU, all on the first map's scale and in the order of `classify`.
+grow, so the first map's thresholds are carried over as absolute scores: its least I_S − I_U of an SCU, its greatest of
+a UCU and its greatest I_S + I_U of an RU, all on the first map's scale and in the order of `classify`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,8 +42,8 @@ class Transfer:
         counts: units by group before (rows) and after (columns).
         layers: the same for every layer.
         thresholds: of the first map's groups on its own normalised scale, None for an empty group: one mapping by
-            group for the whole model, or one for each block if the first map was ranked within blocks. For RU the
-            sign is turned: its key is −(|I_S| + I_U).
+            group for the whole model, or one for each block if the first map was ranked within blocks. Keys are the
+            contrast for SCU, −contrast for UCU and −strength for RU (see `keelguard.units.groups.order`).
     """
 
     score: str
@@ -137,19 +137,17 @@ def _carried(before: UnitMap, after: UnitMap) -> "tuple[torch.Tensor, list[dict[
     """The labels of `after`, and the thresholds of `before`, one mapping for each stretch of units ranked together."""
     import torch
 
-    from keelguard.units.importance import WITHIN_BLOCK, normalise_as
+    from keelguard.units.importance import Importance, standardise
 
     score = _check_alike(before, after)
     stretches = before.blocks if before.meta.get("ranking", "global") == "layer" else [len(before)]
 
     def keys(chart: UnitMap) -> list[dict[str, torch.Tensor]]:
-        safety, utility = (
-            normalise_as(chart.raw[score][use], before.raw[score][use], before.blocks, score in WITHIN_BLOCK)
-            for use in ("safety", "utility")
-        )
-        parts = zip(safety.split(stretches), utility.split(stretches), strict=True)
+        raw, reference = (Importance(**each.raw[score]) for each in (chart, before))
+        found = standardise(raw, score, before.blocks, reference)
+        parts = zip(found.contrast.split(stretches), found.strength.split(stretches), strict=True)
         # The order of the groups is the precedence of `classify`.
-        return [{"SCU": s - u, "UCU": u - s, "RU": -(s.abs() + u)} for s, u in parts]
+        return [{"SCU": contrast, "UCU": -contrast, "RU": -strength} for contrast, strength in parts]
 
     own = keys(before)
     thresholds = [_thresholds(*pair) for pair in zip(own, before.labels.split(stretches), strict=True)]

@@ -17,11 +17,12 @@ import torch
 from keelguard.errors import UsageError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, architecture_of, load_model, resolve_sources
+from keelguard.runs import read_json
 from keelguard.units.certificate import Certificate, certificate_lines
 from keelguard.units.groups import GROUPS, UnitMap
 from keelguard.units.index import UnitIndex, build_index, canonical
 
-__all__ = ["Certificate", "certificate_lines", "digest", "unit_name", "verify"]
+__all__ = ["Certificate", "certificate_lines", "unit_name", "verify"]
 _NAMED = 20
 _CHUNK = 2**23  # Elements that are widened to float64 at a time: 64 MiB for each model.
 # What a configuration says of files, sizes and habits, and not of what the weights compute.
@@ -66,9 +67,9 @@ def verify(
     notes: list[str] = []
     source: str | Path = tuned
     if adapter is None and (Path(tuned) / "adapter_config.json").is_file():
-        named, _ = resolve_sources(str(tuned))
+        named = read_json(Path(tuned) / "adapter_config.json").get("base_model_name_or_path")
         source, adapter = resolve_sources(str(base), None if base_adapter is None else str(base_adapter))[0], tuned
-        if named != source:
+        if named and named != source:
             notes.append(f"The adapter names {named} as its base; it was put on {source}.")
     second = load_model(source, adapter=adapter, **options)
     models.append(_merged(second))
@@ -94,7 +95,12 @@ def verify(
     return Certificate(
         base=_side(base, base_adapter, first, models[0], dtypes[0]),
         tuned=_side(source, adapter, second, models[1], dtypes[1]),
-        chart={"digest": digest(chart), "attention": chart.attention, "units": len(chart)},
+        chart={
+            "digest": chart.digest,
+            "labels": sha256_of(chart.labels.tolist()),
+            "attention": chart.attention,
+            "units": len(chart),
+        },
         groups=_summaries(distances, chart.labels),
         layers=[
             {"layer": layer, "groups": _summaries(distances[places == layer], chart.labels[places == layer])}
@@ -110,12 +116,6 @@ def verify(
         broken=[unit_name(chart.layout, number) for number in broken[:_NAMED]],
         distances=distances,
     )
-
-
-def digest(chart: UnitMap) -> str:
-    """The hash of what a map says: labels, scores, layout and the weights it describes."""
-    scores = [chart.labels.tolist(), chart.safety.tolist(), chart.utility.tolist()]
-    return sha256_of([scores, chart.layout, chart.attention, chart.weights])
 
 
 def unit_name(layout: Sequence[Mapping[str, Any]], number: int) -> str:
@@ -150,7 +150,9 @@ def _merged(loaded: LoadedModel) -> Any:
         return model
     kind = next(iter(model.peft_config.values()))
     if kind.is_prompt_learning:
-        raise UsageError(f"{loaded.source}: its adapter ({kind.peft_type}) changes inputs, not weights; see no units")
+        raise UsageError(
+            f"{loaded.source}: its adapter ({kind.peft_type}) changes inputs, not weights; name a checkpoint or a LoRA"
+        )
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in module.get_base_layer().parameters():
