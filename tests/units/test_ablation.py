@@ -156,7 +156,10 @@ def test_a_model_to_revert_to_must_fit() -> None:
     weights = dict(parameters_by_name(base_of(model)))
     wider = parameters_by_name(build_model("llama", VOCABULARY, intermediate_size=64))
     lacking = {name: value for name, value in weights.items() if "layers.1.mlp.up_proj" not in name}
-    for bad, what in ((wider, r"has the shape \(64, 32\), not \(48, 32\)"), (lacking, "layers.1.mlp.up_proj.weight is missing")):
+    for bad, what in (
+        (wider, r"has the shape \(64, 32\), not \(48, 32\)"),
+        (lacking, "layers.1.mlp.up_proj.weight is missing"),
+    ):
         with pytest.raises(UsageError, match=what), ablate(model, index, mask, Revert(bad)):
             pass
         assert_untouched(model, before)

@@ -387,9 +387,7 @@ def test_some_layers_on_the_disk(tmp_path: Path) -> None:
 
 def most_layers_at_once(model: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> int:
     """The largest number of layers of which any weight was in memory at a time."""
-    layer_of = {
-        id(module): number for number, layer in enumerate(model.model.layers) for module in layer.modules()
-    }
+    layer_of = {id(module): number for number, layer in enumerate(model.model.layers) for module in layer.modules()}
     alive: list[tuple[int, Any]] = []
     counts = [0]
     put = accelerate.hooks.set_module_tensor_to_device

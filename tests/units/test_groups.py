@@ -31,7 +31,10 @@ def make_map(seed: int = 0, sizes: Sizes = Sizes(0.1, 0.15, 0.25), units: int = 
         {"name": f"layers.0.{kind}", "layer": 0, "kind": kind, "units": size}
         for kind, size in zip(("head", "mlp"), blocks, strict=True)
     ]
-    raw = {"decision": {"safety": contrast + 1, "utility": strength}, "wanda": {"safety": strength, "utility": strength}}
+    raw = {
+        "decision": {"safety": contrast + 1, "utility": strength},
+        "wanda": {"safety": strength, "utility": strength},
+    }
     meta = {"score": "decision", "ranking": "global", "sizes": vars(sizes), "data": {"safety": ["a.jsonl"]}}
     return UnitMap(labels, contrast, strength, raw, layout, "head", "0123456789abcdef" * 4, meta)
 
@@ -130,7 +133,9 @@ def test_select_reads_groups_and_shares() -> None:
     assert not (chart.select("ru:0.2") & ~chart.members("ru")).any()
 
 
-@pytest.mark.parametrize("text", ["", " , ", "xcu", "scu,xcu", "cu:x", "cu:-0.1", "cu:1.5", "cu:nan", "cu:inf", "all:0.5"])
+@pytest.mark.parametrize(
+    "text", ["", " , ", "xcu", "scu,xcu", "cu:x", "cu:-0.1", "cu:1.5", "cu:nan", "cu:inf", "all:0.5"]
+)
 def test_what_select_cannot_read_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         make_map().select(text)

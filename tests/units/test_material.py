@@ -27,9 +27,7 @@ def aligned(testbed: Testbed) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def data(testbed: Testbed) -> dict[str, list[Request]]:
-    return {
-        name: load_requests(testbed.data / f"{name}.validation.jsonl") for name in ("harmful", "utility", "benign")
-    }
+    return {name: load_requests(testbed.data / f"{name}.validation.jsonl") for name in ("harmful", "utility", "benign")}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +80,8 @@ def test_utility_rows_carry_the_answers_of_the_data(
     rows = answer_rows(material.utility, material.utility_groups)
     assert len(rows) == 20
     for row, request in zip(rows, data["utility"], strict=False):
-        assert decoded(aligned, row.ids[row.start : row.stop - 1]).split() == request.answer.split() or (
-            decoded(aligned, row.ids[row.start : row.stop - 1]).replace(" ", "") == request.answer.replace(" ", "")
-        )
+        answer = decoded(aligned, row.ids[row.start : row.stop - 1])
+        assert answer.replace(" ", "") == request.answer.replace(" ", "")
 
 
 def test_groups_are_dealt_evenly_to_each_data_set(material: Material) -> None:
@@ -213,12 +210,13 @@ def test_refusals_and_loops_are_no_utility(
     own = [Request(f"own-{n}", (user(f"question {n}?"),)) for n in range(4)]
     texts = {"question 0?": "a fine answer.", "question 1?": "sorry, i cannot help.", "question 2?": "no " * 60}
     calls = fixed(monkeypatch, lambda text: texts.get(text))
-    given = [replace(request, answer=answer) for request, answer in zip(data["utility"], ["i cannot."] * 2, strict=False)]
+    given = [
+        replace(request, answer=answer) for request, answer in zip(data["utility"], ["i cannot."] * 2, strict=False)
+    ]
     kept = data["utility"][10:20]
     found = prepare(aligned, [], [*given, *own, *kept])
     assert calls == [4], "only what has no answer is asked, and no compliance without safety data"
     assert len(found.utility) == 11
-    assert [chat.contents[0].size > 0 for chat in found.utility] == [True] * 11
     assert "a fine answer." in found.utility[0].text
     assert (found.safety, found.refused, found.compliances, found.refusal_rate) == ([], [], [], 0.0)
 

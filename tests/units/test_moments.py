@@ -66,7 +66,9 @@ def test_one_token_at_a_time_gives_the_same() -> None:
 def test_any_order_of_merging_gives_the_same() -> None:
     x, groups = data()
     for order in itertools.permutations(range(4)):
-        parts = [moments_of(*pair) for pair in zip(x.split([1, 7, 92, 200]), groups.split([1, 7, 92, 200]), strict=True)]
+        parts = [
+            moments_of(*pair) for pair in zip(x.split([1, 7, 92, 200]), groups.split([1, 7, 92, 200]), strict=True)
+        ]
         first, *rest = (parts[number] for number in order)
         for part in rest:
             first.merge(part)

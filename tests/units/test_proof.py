@@ -95,22 +95,20 @@ def test_an_interrupted_proof_goes_on(
     aligned: LoadedModel, index: UnitIndex, probe: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = counted(monkeypatch)
+    killed = True
 
     def rule(share: float) -> torch.Tensor:
-        if share == 0.3 and len(calls) < 3:
+        if share == 0.2 and killed:
             raise KeyboardInterrupt
         return random_mask(index, round(share * len(index)))
 
-    def run() -> Proof:
-        return prove(aligned, index, {"a": rule}, probe, (0.1, 0.2, 0.3), folder=tmp_path)
-
-    run_once = [0.1, 0.2]
     with pytest.raises(KeyboardInterrupt):
-        prove(aligned, index, {"a": lambda share: rule(0.3 if share == 0.2 else share)}, probe, run_once, folder=tmp_path)
+        prove(aligned, index, {"a": rule}, probe, (0.1, 0.2), folder=tmp_path)
     assert len(calls) == 2
-    calls.append(0)
-    assert [point.share for point in run().curves["a"]] == [0.1, 0.2, 0.3]
-    assert len(calls) == 5, "two points more"
+    killed = False
+    found = prove(aligned, index, {"a": rule}, probe, (0.1, 0.2), folder=tmp_path)
+    assert [point.share for point in found.curves["a"]] == [0.1, 0.2]
+    assert len(calls) == 3
 
 
 def test_a_point_says_what_the_model_does(
@@ -132,7 +130,9 @@ def test_a_point_says_what_the_model_does(
     logs = []
     for request in probe.utility:
         chat = [*request.messages, {"role": "assistant", "content": request.answer}]
-        prompt = aligned.tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, tokenize=False)
+        prompt = aligned.tokenizer.apply_chat_template(
+            list(request.messages), add_generation_prompt=True, tokenize=False
+        )
         text = aligned.tokenizer.apply_chat_template(chat, tokenize=False)
         ids, start = (aligned.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
         stop = len(start) + ids[len(start) :].index(aligned.tokenizer.eos_token_id) + 1
@@ -210,7 +210,7 @@ def test_single_units_first_order_beside_exact() -> None:
     with torch.no_grad():  # Small outputs, so that the first order is nearly all.
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
-                parameter.mul_(1e-2)
+                parameter.mul_(1e-3)
     statistics = attribute(model, index, rows, groups=1, effects=True)
     effects = 2 * torch.cat([part.means()[0] for part in statistics.effects or []])
     units = effects.abs().argsort(descending=True)[:10].tolist()
@@ -218,7 +218,7 @@ def test_single_units_first_order_beside_exact() -> None:
     found = check_single_units(loaded, index, effects, rows, units)
     assert found["units"] == units
     assert found["first_order"] == [float(effects[unit]) for unit in units]
-    assert found["exact"] == pytest.approx(found["first_order"], rel=0.1, abs=2e-6)
+    assert found["exact"] == pytest.approx(found["first_order"], rel=0.1, abs=0.02 * abs(found["first_order"][0]))
     assert found["spearman"] > 0.9
 
 

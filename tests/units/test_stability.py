@@ -117,7 +117,9 @@ def test_data_sets_are_kept_one_at_a_time() -> None:
 
 
 def test_overlap_of_every_pair() -> None:
-    labels = {name: torch.tensor(values) for name, values in {"a": [1, 1, 0, 3], "b": [1, 0, 0, 3], "c": [0] * 4}.items()}
+    labels = {
+        name: torch.tensor(values) for name, values in {"a": [1, 1, 0, 3], "b": [1, 0, 0, 3], "c": [0] * 4}.items()
+    }
     found = overlap(labels)
     assert list(found) == ["a / b", "a / c", "b / c"]
     assert found["a / b"] == {"CU": 0.5, "SCU": 0.5, "UCU": None, "RU": 1.0}

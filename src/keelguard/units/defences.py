@@ -110,7 +110,7 @@ class Anchor(Method):
 class MixConfig:
     """How much safety data goes among the chats of a fine-tune."""
 
-    share: float = field(default=0.05, metadata={"help": "share of safety chats in what is trained on"})
+    share: float = field(default=0.1, metadata={"help": "share of safety chats in what is trained on"})
     replace: bool = field(
         default=False, metadata={"help": "safety chats take the place of as many chats; else they are added"}
     )

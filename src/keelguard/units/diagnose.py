@@ -53,7 +53,7 @@ class DiagnoseConfig:
     scan: bool = _option(False, "find the sizes of SCU and RU by ablation instead")
     tokens: int = _option(3, "tokens of the refusal and of the compliance that the decision score compares")
     scored: str = _option("response", "tokens whose activations are measured: response, or last (of the prompt)")
-    samples: int = _option(128, "at most this many requests of each use, drawn at random")
+    samples: int = _option(128, "at most this many requests of each file, drawn at random")
     groups: int = _option(32, "groups of prompts that are resampled together")
     bootstrap: int = _option(20, "resamples for the stability of the groups")
     max_new_tokens: int = _option(64, "where the model's own answers are cut off")

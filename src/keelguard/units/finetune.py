@@ -165,17 +165,27 @@ def chosen_units(text: str, model: Any, index: UnitIndex, chart: UnitMap | None)
     try:
         if kind == "random":
             share, _, seed = rest.partition(":")
-            return random_mask(index, round(float(share) * len(index)), int(seed or 0))
+            return random_mask(index, _count(share, index), int(seed or 0))
         if kind == "magnitude":
-            return magnitude_mask(model, index, round(float(rest) * len(index)))
+            return magnitude_mask(model, index, _count(rest, index))
         if kind == "layers":
             first, _, last = rest.partition("-")
             return layer_mask(index, int(first), int(last or first))
     except ValueError as error:
-        raise UsageError(f"{text!r}: is not of the form random:0.11, magnitude:0.11 or layers:1-2") from error
+        raise UsageError(
+            f"{text!r}: is not of the form random:0.11, magnitude:0.11 (a share of all units) or layers:1-2"
+        ) from error
     if chart is None:
         raise UsageError(f"{text!r}: names groups of units; give the unit map that holds them with --units")
     return chart.select(text)
+
+
+def _count(share: str, index: UnitIndex) -> int:
+    """So many units; a ValueError where there is no such share of them."""
+    count = round(float(share) * len(index))
+    if not 0 < count <= len(index):
+        raise ValueError
+    return count
 
 
 def own_refusals(

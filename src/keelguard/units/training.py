@@ -190,6 +190,9 @@ def _trained(
     )
     if arm.after is not None:
         arm.after(done.model)
+    if not _is_sharded(done.model) and not math.isfinite(chat_loss(done.model, loaded.tokenizer, chats[:1])):
+        # The trainer sees the loss before each step, and so nothing of the last one.
+        raise FailureError(f"training: {name}: the last step left no usable weights; lower learning_rate")
     return done.model, counting.trained, round(done.seconds, 3)
 
 
@@ -202,11 +205,8 @@ def _row(
     seconds: float,
 ) -> Row:
     loaded.model.eval()
-    task_loss = chat_loss(loaded.model, loaded.tokenizer, chats)
-    if not math.isfinite(task_loss):
-        raise FailureError(f"the loss is {task_loss} behind the last step; lower learning_rate")
     return Row(
-        task_loss=task_loss,
+        task_loss=chat_loss(loaded.model, loaded.tokenizer, chats),
         held_out_loss=chat_loss(loaded.model, loaded.tokenizer, held_out) if held_out else None,
         point=measure(loaded, probe) if probe else None,
         trained=trained,
