@@ -8,13 +8,13 @@ import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_index import CLOSE, VOCABULARY, WAYS, logits, masked, some
+from test_taps import EXPERTS, adapted, exact, silence
 
 from keelguard.errors import UsageError
 from keelguard.units.ablation import Mean, Revert, ablate
 from keelguard.units.index import Attention, UnitIndex, build_index, parameters_by_name
 from keelguard.units.taps import tap
-from test_index import CLOSE, VOCABULARY, WAYS, logits, masked, some
-from test_taps import EXPERTS, adapted, exact, silence
 from tiny_models import ARCHITECTURES, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,14 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import hooks
 from peft import LoraConfig, get_peft_model
+from test_index import VOCABULARY
 
 from keelguard.errors import FailureError, UsageError
 from keelguard.units import attribution
 from keelguard.units.attribution import Row, Statistics, attribute, objectives
 from keelguard.units.importance import output_norms
 from keelguard.units.index import UnitIndex, build_index, parameters_by_name
-from test_index import VOCABULARY
 from tiny_models import ARCHITECTURES, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -377,9 +378,11 @@ def test_a_model_that_fits_nowhere_works_layer_by_layer(architecture: str, where
 def test_some_layers_on_the_disk(tmp_path: Path) -> None:
     plain, rows = build_model("llama", VOCABULARY), some_rows()
     index = build_index(plain)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places: Any = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = accelerate.dispatch_model(copy.deepcopy(plain), places, main_device="cpu", offload_dir=str(tmp_path))
+    model = accelerate.dispatch_model(
+        copy.deepcopy(plain), places, main_device=torch.device("cpu"), offload_dir=str(tmp_path)
+    )
     assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
     found = attribute(model, index, rows, groups=GROUPS, effects=True, batch_size=4)
     assert_equal(found, attribute(plain, index, rows, groups=GROUPS, effects=True, batch_size=4), 1e-6)
@@ -390,7 +393,7 @@ def most_layers_at_once(model: Any, rows: list[Row], monkeypatch: pytest.MonkeyP
     layer_of = {id(module): number for number, layer in enumerate(model.model.layers) for module in layer.modules()}
     alive: list[tuple[int, Any]] = []
     counts = [0]
-    put = accelerate.hooks.set_module_tensor_to_device
+    put = hooks.set_module_tensor_to_device
 
     def putting(module: Any, name: str, *args: Any, **options: Any) -> None:
         put(module, name, *args, **options)
@@ -400,7 +403,7 @@ def most_layers_at_once(model: Any, rows: list[Row], monkeypatch: pytest.MonkeyP
             alive[:] = [(layer, ref) for layer, ref in alive if ref() is not None]
             counts.append(len({layer for layer, _ in alive}))
 
-    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", putting)
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", putting)
     attribute(model, build_index(model), rows, groups=GROUPS, effects=True)
     monkeypatch.undo()
     return max(counts)
@@ -431,7 +434,7 @@ def attributed(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    mp.start_processes(attributed, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    mp.spawn(attributed, (2, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     model = build_model("mixtral", VOCABULARY)
     for count in (7, 1):
         wanted = attribute(model, build_index(model), some_rows(count), groups=GROUPS, effects=True, batch_size=2)

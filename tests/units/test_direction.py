@@ -15,7 +15,7 @@ from keelguard.records import Chat, user
 from keelguard.stats import bootstrap_mean
 from keelguard.units.direction import Decision, DirectionProbe, Distances, Estimate, probe_direction
 from keelguard.units.figures import direction_figure
-from tiny_models import ARCHITECTURES, tiny_model
+from tiny_models import ARCHITECTURES, fresh_model, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS: list[Chat] = [
@@ -88,7 +88,8 @@ def test_the_probe_equals_a_loop_without_batches(architecture: str):
 
 def test_the_batch_size_changes_nothing_and_the_model_stays_as_it_was():
     tiny = tiny_model("llama")
-    model = copy.deepcopy(tiny.model).train()
+    # Dropout would show if the model were read in training mode.
+    model = fresh_model("llama", attention_dropout=0.5).model.train()
     hooks = [len(module._forward_hooks) for module in model.modules()]
     probes = [
         probe_direction(model, tiny.tokenizer, PROMPTS, REFUSALS, COMPLIANCES, batch_size=size) for size in (1, 16)

@@ -205,7 +205,7 @@ def test_an_adapter_is_merged_and_its_own_map_fits(
     assert certificate.holds
     assert certificate.moved > 0
     with pytest.raises(UsageError, match="the unit map was made for weights"):
-        tune("freeze", source=tmp_path / "adapter", options={"chart": chart, "out": tmp_path / "other"})
+        tune("freeze", source=tmp_path / "adapter", options={"chart": chart})
 
 
 # Mistakes

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_attribution import GROUPS, direct, exact_model, some_rows
 
 from keelguard.units.attribution import Row, Statistics, attribute
 from keelguard.units.importance import SCORES, Importance, importance, output_norms, standardise
 from keelguard.units.index import UnitIndex, build_index
-from test_attribution import GROUPS, direct, exact_model, some_rows
 from tiny_models import ARCHITECTURES, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def test_scores_are_their_formulas(architecture: str, attention: str, repeats: l
     model, index, rows, statistics, norms = measured(architecture, attention)
     weights = None if repeats == [1, 1, 1] else {use: torch.tensor(repeats).double() for use in USES}
     for score, formula in (("variance", published), ("wanda", wanda)):
-        found = importance(score, index, statistics, norms, weights)
+        found = importance(score, index, statistics, norms, weights)  # pyright: ignore[reportArgumentType]
         for use in ("safety", "utility"):
             np.testing.assert_allclose(getattr(found, use), formula(model, index, rows[use], repeats), rtol=1e-5)
     each = {use: effects(model, index, rows[use], repeats) for use in USES}

@@ -49,10 +49,11 @@ def fixed(monkeypatch: pytest.MonkeyPatch, texts: Any) -> list[int]:
 
 
 def decoded(model: LoadedModel, ids: Any) -> str:
-    return model.tokenizer.decode(list(ids))
+    return str(model.tokenizer.decode(list(ids)))
 
 
 def test_rows_are_scored_on_the_answer_with_the_end_of_the_turn(aligned: LoadedModel, material: Material) -> None:
+    tokenizer: Any = aligned.tokenizer
     rows = answer_rows(material.safety, material.safety_groups)
     assert len(rows) == len(material.refused) == 22
     ends = set()
@@ -64,10 +65,8 @@ def test_rows_are_scored_on_the_answer_with_the_end_of_the_turn(aligned: LoadedM
         assert is_refusal(decoded(aligned, answer[:-1]))
         assert not set(answer[:-1]) & set(aligned.tokenizer.all_special_ids)
         # Before the answer stands the prompt as it is when the model is asked, with the assistant's header.
-        prompt = aligned.tokenizer.apply_chat_template(
-            list(request.messages), add_generation_prompt=True, tokenize=False
-        )
-        assert row.ids[: row.start] == aligned.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        prompt = tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, tokenize=False)
+        assert row.ids[: row.start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert chat.response.start == row.start
     assert len(ends) == 1
     assert [row.group for row in rows] == material.safety_groups

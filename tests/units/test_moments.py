@@ -166,7 +166,7 @@ def reduced(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_have_what_one_has(tmp_path: Path) -> None:
-    mp.start_processes(reduced, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    mp.spawn(reduced, (2, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     x, groups = data()
     whole = Effects.empty(GROUPS, CHANNELS)
     whole.update(x - 1e4, groups)

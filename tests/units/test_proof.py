@@ -4,11 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from test_attribution import exact_model, some_rows
 
 from keelguard.data import load_requests
 from keelguard.evaluation.answers import Generating
@@ -24,7 +25,6 @@ from keelguard.units.groups import Sizes, UnitMap, classify
 from keelguard.units.index import UnitIndex, build_index
 from keelguard.units.masks import random_mask
 from keelguard.units.proof import Point, Probe, Proof, check_single_units, measure, measure_point, prove, spearman
-from test_attribution import exact_model, some_rows
 from tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,15 +127,13 @@ def test_a_point_says_what_the_model_does(
     assert point.over_refusal == Rate(2, 6)
     assert point.utility == Rate(3, 6)
     assert point.degenerate == Rate(3, 18)
-    logs = []
+    logs, tokenizer = [], cast("Any", aligned.tokenizer)
     for request in probe.utility:
         chat = [*request.messages, {"role": "assistant", "content": request.answer}]
-        prompt = aligned.tokenizer.apply_chat_template(
-            list(request.messages), add_generation_prompt=True, tokenize=False
-        )
-        text = aligned.tokenizer.apply_chat_template(chat, tokenize=False)
-        ids, start = (aligned.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
-        stop = len(start) + ids[len(start) :].index(aligned.tokenizer.eos_token_id) + 1
+        prompt = tokenizer.apply_chat_template(list(request.messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        ids, start = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
+        stop = len(start) + ids[len(start) :].index(tokenizer.eos_token_id) + 1
         with torch.no_grad():
             scores = aligned.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         logs.append(np.mean([float(scores[t - 1, ids[t]]) for t in range(len(start), stop)]))

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_index import CLOSE, IDS, VOCABULARY, logits, masked
 
 from keelguard.units.index import Block, build_index
 from keelguard.units.taps import tap
-from test_index import CLOSE, IDS, VOCABULARY, logits, masked
 from tiny_models import ARCHITECTURES, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

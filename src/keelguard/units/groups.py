@@ -220,7 +220,8 @@ class UnitMap:
             tensors.update({f"raw.{score}.{use}": value for use, value in uses.items()})
         temporary = folder / ".map.safetensors.tmp"
         # Copies, since safetensors refuses tensors that share memory.
-        content = save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata={"format": FORMAT})
+        tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        content = save(tensors, metadata={"format": FORMAT})
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
