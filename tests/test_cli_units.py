@@ -301,7 +301,7 @@ def test_what_is_given_wins_over_the_testbeds_defaults(
     rate: float,
     run: Run,
     testbed: Any,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ):
     found: dict[str, Any] = {}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keelguard.evaluation.results import AuditResult, Comparison, Example, ModelReport, SafetyCell
+from keelguard.pages import page_environment
 from keelguard.plots import NOTHING, heat_map, interval_bars, interval_text, legible, rate_text
 from keelguard.runs import write_text
 from keelguard.stats import Rate
@@ -44,22 +45,9 @@ def write_audit_report(result: AuditResult, path: Path, *, reveal: bool = False)
 
 def audit_page(result: AuditResult, *, reveal: bool = False) -> str:
     """The audit as the text of an HTML page, the same for the same result."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    def shown(value: Any) -> Any:
-        """Every value that the template prints passes here before it is escaped."""
-        return legible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=PackageLoader("keelguard", "templates"),
-        autoescape=True,
-        finalize=shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(rate=rate_text, points=points, interval=points_interval, p_value=p_value)
+    environment = page_environment(rate=rate_text, points=points, interval=points_interval, p_value=p_value)
     return environment.get_template("audit.html.j2").render(
         result=result,
         reveal=reveal,

@@ -378,11 +378,10 @@ def test_a_model_that_fits_nowhere_works_layer_by_layer(architecture: str, where
 def test_some_layers_on_the_disk(tmp_path: Path) -> None:
     plain, rows = build_model("llama", VOCABULARY), some_rows()
     index = build_index(plain)
-    places: Any = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = accelerate.dispatch_model(
-        copy.deepcopy(plain), places, main_device=torch.device("cpu"), offload_dir=str(tmp_path)
-    )
+    options: Any = {"device_map": places, "main_device": "cpu", "offload_dir": str(tmp_path)}
+    model = accelerate.dispatch_model(copy.deepcopy(plain), **options)
     assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
     found = attribute(model, index, rows, groups=GROUPS, effects=True, batch_size=4)
     assert_equal(found, attribute(plain, index, rows, groups=GROUPS, effects=True, batch_size=4), 1e-6)

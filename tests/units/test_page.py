@@ -308,15 +308,15 @@ def test_verdict_without_pairs_or_without_controls():
 
 def test_keyword_judges_and_utility_without_tasks_are_warned_of():
     proof = sample_proof()
-    assert "refusal keywords" in proof_warnings(proof, "keyword")[0]
-    assert proof_warnings(proof, "world") == []
+    assert "refusal keywords" in proof_warnings(dataclasses.replace(proof, judge="keyword"))[0]
+    assert proof_warnings(dataclasses.replace(proof, judge="world")) == []
     unable = dataclasses.replace(proof, dense=dataclasses.replace(proof.dense, utility=Rate(2, 50), loss=0.2))
     assert "mean probability" in proof_warnings(unable)[0]
     assert "from 82 % to 90 %" in verdict(unable)
     unasked = dataclasses.replace(proof, dense=dataclasses.replace(proof.dense, utility=Rate(0, 0), loss=0.0))
     assert "Utility was not measured" in proof_warnings(unasked)[0]
     assert "utility changes" not in verdict(unasked)
-    text = Page(diagnosis_page(sample_map(), unable, judge="keyword")).text
+    text = Page(diagnosis_page(sample_map(), dataclasses.replace(unable, judge="keyword"))).text
     assert "refusal keywords" in text
     assert "probability of a reference token" in text
 
@@ -371,9 +371,9 @@ def test_hostile_text_is_inert_everywhere(text, html):
     layout = [{**b, "name": b["name"] + text, "kind": b["kind"] + text[:4]} for b in clean.layout]
     meta = {key: _poisoned(value, text) for key, value in clean.meta.items()}
     chart = dataclasses.replace(clean, layout=layout, meta=meta, weights=text + clean.weights, attention=text)
-    proof = sample_proof(**{f"other{text}": (1, 2, 3)})
+    proof = dataclasses.replace(sample_proof(**{f"other{text}": (1, 2, 3)}), judge="keyword" + text)
     transfer = dataclasses.replace(sample_transfer(), before=text, after=text)
-    source = diagnosis_page(chart, proof, transfer, sample_probe(), judge="keyword" + text)
+    source = diagnosis_page(chart, proof, transfer, sample_probe())
     page = Page(source)
     assert not page.open
     assert set(page.tags) <= set(ours.tags)

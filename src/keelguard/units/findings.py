@@ -207,17 +207,13 @@ def utility_text(proof: Proof, point: Point) -> str:
     return rate_text(point.utility) if proof.tasks else percent(point.utility_value(False))
 
 
-def proof_warnings(proof: Proof, judge: str = "") -> list[str]:
-    """What weakens a proof, one text each.
-
-    Args:
-        judge: the name of the judge, where it is known.
-    """
+def proof_warnings(proof: Proof) -> list[str]:
+    """What weakens a proof, one text each."""
     found = []
     point = breaking_point(proof)
     for group in (RANDOM, PAIRS, MAGNITUDE):
         found += _control_warning(proof, point, group)
-    if judge.lower().startswith("keyword"):
+    if proof.judge.lower().startswith("keyword"):
         found.append(
             "The judge looks for refusal keywords. An answer without such words may be harmless: an ablated model that "
             "only babbles counts as broken. Read the rates beside utility and degenerate answers."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keelguard.errors import UsageError
+from keelguard.pages import page_environment
 from keelguard.plots import legible, percent, rate_text
 from keelguard.report import points
 from keelguard.runs import write_text
@@ -56,20 +57,17 @@ def write_diagnosis_report(
     proof: Proof | None = None,
     transfer: "Transfer | None" = None,
     probe: "DirectionProbe | None" = None,
-    *,
-    judge: str = "",
 ) -> None:
     """Write the diagnosis as one HTML page, atomically.
 
     Args:
         path: where the page goes; its folder is created.
-        judge: the name of the proof's judge, where it is known; keywords are warned of.
 
     Raises:
         UsageError: the map lacks one of `REQUIRED`.
         FailureError: the path cannot be written.
     """
-    write_text(path, diagnosis_page(chart, proof, transfer, probe, judge=judge))
+    write_text(path, diagnosis_page(chart, proof, transfer, probe))
 
 
 def diagnosis_page(
@@ -77,8 +75,6 @@ def diagnosis_page(
     proof: Proof | None = None,
     transfer: "Transfer | None" = None,
     probe: "DirectionProbe | None" = None,
-    *,
-    judge: str = "",
 ) -> str:
     """The diagnosis as the text of an HTML page, the same for the same results; raises as `write_diagnosis_report`."""
     from markupsafe import Markup
@@ -97,7 +93,8 @@ def diagnosis_page(
         "transfer": Markup(transfer_figure(transfer)) if transfer else "",
         "direction": Markup(direction_figure(probe)) if probe else "",
     }
-    return _environment().get_template("units.html.j2").render(
+    environment = page_environment(rate=rate_text, decimals=share_of_one, tied=_tied)
+    return environment.get_template("units.html.j2").render(
         chart=chart,
         meta=meta,
         title=_title(meta["model"]),
@@ -107,8 +104,8 @@ def diagnosis_page(
         overlaps=_overlap_rows(chart),
         proof=proof,
         verdict=verdict(proof) if proof else "",
-        warnings=proof_warnings(proof, judge) if proof else [],
-        judge=judge,
+        warnings=proof_warnings(proof) if proof else [],
+        judge=proof.judge if proof else "",
         curves=_curve_rows(proof) if proof else [],
         exact=exact,
         top=_top_rows(chart),
@@ -138,26 +135,6 @@ def _check(chart: UnitMap) -> None:
 def _title(model: str) -> str:
     """The folder's name of a local path; hub ids stay whole."""
     return Path(model).name or model if model.startswith(("/", ".", "~")) else model
-
-
-def _environment() -> Any:
-    """Templates whose every printed value is escaped and made legible."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: Any) -> Any:
-        return legible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=PackageLoader("keelguard", "templates"),
-        autoescape=True,
-        finalize=shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(rate=rate_text, decimals=share_of_one, tied=_tied)
-    return environment
 
 
 def _tied(text: str) -> str:

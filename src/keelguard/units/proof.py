@@ -103,6 +103,7 @@ class Proof:
     curves: dict[str, list[Point]]
     ablation: str
     exact: dict[str, Any] = field(default_factory=dict)
+    judge: str = ""
 
     @property
     def tasks(self) -> bool:
@@ -112,14 +113,19 @@ class Proof:
     def to_json(self) -> dict[str, Any]:
         """The proof as proof.json holds it."""
         curves = {name: [point.to_json() for point in points] for name, points in self.curves.items()}
-        head = {"format": "keelguard.proof/1", "ablation": self.ablation, "dense": self.dense.to_json()}
+        head = {
+            "format": "keelguard.proof/1",
+            "ablation": self.ablation,
+            "judge": self.judge,
+            "dense": self.dense.to_json(),
+        }
         return {**head, "curves": curves, "exact": self.exact}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Proof":
         """The inverse of `to_json`."""
         curves = {name: [Point.from_json(point) for point in points] for name, points in data["curves"].items()}
-        return cls(Point.from_json(data["dense"]), curves, data["ablation"], data["exact"])
+        return cls(Point.from_json(data["dense"]), curves, data["ablation"], data["exact"], data.get("judge", ""))
 
 
 def prove(
@@ -149,7 +155,7 @@ def prove(
 
         dense = point(empty, 0.0)
         curves = {name: [point(rule(share), share) for share in shares] for name, rule in sets.items()}
-    return Proof(dense, curves, "zero" if means is None else "mean")
+    return Proof(dense, curves, "zero" if means is None else "mean", judge=probe.judge.name)
 
 
 def measure_point(
