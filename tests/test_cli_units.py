@@ -1,4 +1,5 @@
-"""`keelguard diagnose`, `finetune`, `align` and `verify` as a user types them: mistakes, resumes, and every file left."""
+"""`keelguard diagnose`, `finetune`, `align` and `verify` as a user types them: mistakes, resumes, and files left."""
+# ruff: noqa: F811 — tests take the fixture `run` by its name.
 
 import json
 import os
@@ -79,7 +80,7 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches_by_examples_and_names_what_is_written(command: str, run: Run):  # noqa: F811
+def test_help_teaches_by_examples_and_names_what_is_written(command: str, run: Run):
     text = plain(run(command, "--help").out)
     assert f"keelguard {command} ./my-" in text
     assert {
@@ -91,7 +92,7 @@ def test_help_teaches_by_examples_and_names_what_is_written(command: str, run: R
 
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "diagnose: a wrong path": (("diagnose", "gone/model"), "gone/model: no such folder; give a checkpoint folder"),
+    "diagnose: a wrong path": (("diagnose", "./gone/model"), "./gone/model: no such folder; give a checkpoint folder"),
     "diagnose: no data": (("diagnose", "MODEL"), "is no model of the testbed; give --utility FILE, and --safety FILE"),
     "diagnose: a missing file": (("diagnose", "MODEL", "--utility", "gone.jsonl"), "gone.jsonl: no such file"),
     "diagnose: a share": (("diagnose", "MODEL", "--utility", "DATA", "--scu", "2"), "--scu 2.0: give a share"),
@@ -110,6 +111,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("diagnose", "MODEL", "--utility", "DATA", "--safety", "SAFETY", "--prove", "--suite", "gone.yaml"),
         "gone.yaml: cannot be read",
     ),
+    "diagnose: a limit": (
+        ("diagnose", "MODEL", "--utility", "DATA", "--safety", "SAFETY", "--prove", "--limit", "4"),
+        "--limit 4: give 8 or more",
+    ),
     "diagnose: a suite without requests": (
         ("diagnose", "MODEL", "--utility", "DATA", "--safety", "SAFETY", "--prove", "--suite", "general"),
         "--suite general: brings no harmful requests",
@@ -118,8 +123,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("diagnose", "MODEL", "--utility", "DATA", "--before", "gone"),
         "--before gone: no unit map there",
     ),
-    "finetune: a wrong path": (("finetune", "gone/model", "--data", "DATA"), "gone/model: no such folder"),
-    "finetune: a wrong path alone": (("finetune", "gone/model"), "gone/model: no such folder"),
+    "finetune: a wrong path": (("finetune", "./gone/model", "--data", "DATA"), "./gone/model: no such folder"),
+    "finetune: a wrong path alone": (("finetune", "./gone/model"), "./gone/model: no such folder"),
     "finetune: no data": (("finetune", "MODEL"), "give --data FILE, and --safety FILE"),
     "finetune: a missing file": (("finetune", "MODEL", "--data", "gone.jsonl"), "gone.jsonl: no such file"),
     "finetune: no safety data": (("finetune", "MODEL", "--data", "DATA"), "name a --safety file"),
@@ -142,8 +147,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "finetune: no base": (("finetune", "MODEL", "--data", "DATA", "--protect", "safelora"), "name it with --base"),
     "finetune: a wrong base": (
-        ("finetune", "MODEL", "--data", "DATA", "--protect", "safelora", "--base", "gone/base"),
-        "gone/base: no such folder",
+        ("finetune", "MODEL", "--data", "DATA", "--protect", "safelora", "--base", "./gone/base"),
+        "./gone/base: no such folder",
     ),
     "finetune: a rate": (("finetune", "MODEL", "--data", "DATA", "--learning-rate", "0"), "learning_rate 0.0"),
     "finetune: a batch": (("finetune", "MODEL", "--data", "DATA", "--batch-size", "0"), "batch_size 0"),
@@ -157,10 +162,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "gone.yaml: cannot be read",
     ),
     "finetune: a limit": (
-        ("finetune", "MODEL", "--data", "DATA", "--safety", "SAFETY", "--limit", "0"),
-        "--limit must be 1 or more",
+        ("finetune", "MODEL", "--data", "DATA", "--safety", "SAFETY", "--limit", "4"),
+        "--limit 4: give 8 or more",
     ),
-    "align: a wrong path": (("align", "gone/model"), "gone/model: no such folder"),
+    "align: a wrong path": (("align", "./gone/model"), "./gone/model: no such folder"),
     "align: no data": (("align", "MODEL"), "is no model of the testbed; give --data FILE"),
     "align: no map": (("align", "MODEL", "--data", "DATA"), "with --units"),
     "align: a share": (("align", "MODEL", "--data", "DATA", "--train", "random:2"), "'random:2': is not of the form"),
@@ -169,8 +174,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("align", "OTHER", "--data", "DATA", "--units", "MAP"),
         "the unit map holds",
     ),
-    "verify: a wrong path": (("verify", "gone/a", "MODEL", "--units", "MAP"), "gone/a: no such folder"),
-    "verify: a wrong second path": (("verify", "MODEL", "gone/b", "--units", "MAP"), "gone/b: no such folder"),
+    "verify: a wrong path": (("verify", "./gone/a", "MODEL", "--units", "MAP"), "./gone/a: no such folder"),
+    "verify: a wrong second path": (("verify", "MODEL", "./gone/b", "--units", "MAP"), "./gone/b: no such folder"),
     "verify: a missing map": (("verify", "MODEL", "MODEL", "--units", "gone"), "--units gone: no unit map there"),
     "verify: no such group": (
         ("verify", "MODEL", "MODEL", "--units", "MAP", "--require", "scv"),
@@ -181,7 +186,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(case: str, run: Run, bed: Bed, tiny: Path):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing(case: str, run: Run, bed: Bed, tiny: Path):
     arguments, part = MISTAKES[case]
     places = {"MODEL": bed.model, "DATA": bed.data, "SAFETY": bed.safety, "MAP": bed.map, "OTHER": tiny}
     ended = run(*(places.get(argument, argument) for argument in arguments))
@@ -191,7 +196,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(case: str, run: Run, bed: Bed,
 
 
 @pytest.mark.parametrize("arguments", [("verify", "a", "b"), ("finetune",), ("finetune", "m", "--steps", "few")])
-def test_an_argument_that_is_missing_or_of_another_kind(arguments: tuple[str, ...], run: Run):  # noqa: F811
+def test_an_argument_that_is_missing_or_of_another_kind(arguments: tuple[str, ...], run: Run):
     ended = run(*arguments)
     assert ended.code == 2
     assert "Error" in ended.err
@@ -202,7 +207,7 @@ def test_an_argument_that_is_missing_or_of_another_kind(arguments: tuple[str, ..
 # diagnose
 
 
-def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):  # noqa: F811
+def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):
     command = ("diagnose", testbed.model("aligned-sparse"), "--samples", 16, "--bootstrap", 2, "--out", "out")
     ended = run(*command)
     assert ended.code == 0, ended
@@ -215,6 +220,7 @@ def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):
     first = UnitMap.load("out")
     assert first.weights == hash_weights(testbed.model("aligned-sparse"))
     assert first.counts()["SCU"] == round(0.02 * len(first))
+    shutil.copytree("out", "earlier")
 
     # Another score and other sizes read what was measured.
     measured = {path: path.stat().st_mtime_ns for path in Path("out").glob("statistics-*")}
@@ -228,8 +234,7 @@ def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):
     assert "samples: 16 → 12" in error
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
-    # The first map again, now with its proof, beside the second one, and with the probe.
-    shutil.copytree("out", "earlier")
+    # The first map again, now with its proof, beside the earlier one, and with the probe.
     ended = run(
         *(*command, "--prove", "--shares", "0.01", "--controls", 1, "--limit", 8),
         *("--max-new-tokens", 64, "--before", "earlier", "--direction"),
@@ -244,7 +249,7 @@ def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):
     assert all(point["asr"]["total"] == 8 for curve in proof["curves"].values() for point in curve)
 
 
-def test_a_diagnosis_without_safety_finds_redundancy_alone(run: Run, testbed: Any, tmp_path: Path):  # noqa: F811
+def test_a_diagnosis_without_safety_finds_redundancy_alone(run: Run, testbed: Any, tmp_path: Path):
     config = tmp_path / "diagnose.yaml"
     config.write_text("samples: 16\nbootstrap: 0\nranking: layer\nru: 0.3\nout: from-file\n")
     ended = run("diagnose", testbed.model("base"), "--config", config, "--ru", "0.25")
@@ -265,8 +270,8 @@ def bad(folder: Path) -> Path:
 # finetune, align and verify
 
 
-def test_a_fine_tune_of_the_testbed_says_what_it_took(run: Run, testbed: Any):  # noqa: F811
-    command = ("finetune", testbed.model("aligned-sparse"), "--steps", 2, "--batch-size", 4, "--limit", 4, "--compare")
+def test_a_fine_tune_of_the_testbed_says_what_it_took(run: Run, testbed: Any):
+    command = ("finetune", testbed.model("aligned-sparse"), "--steps", 2, "--batch-size", 4, "--limit", 8, "--compare")
     ended = run(*command)
     assert ended.code == 0, ended
     assert (
@@ -280,11 +285,10 @@ def test_a_fine_tune_of_the_testbed_says_what_it_took(run: Run, testbed: Any):  
     kept = json.loads((out / "finetune.json").read_text())
     assert kept["settings"]["train"]["learning_rate"] == 7e-4
     assert (kept["settings"]["train"]["steps"], kept["settings"]["protect"]) == (2, ["anchor"])
-    assert kept["rows"]["protected"]["point"]["asr"]["total"] == 4
+    assert kept["rows"]["protected"]["point"]["asr"]["total"] == 8
     again = run(*command)
     assert (again.code, again.out) == (0, ended.out)
-    error = refused(run(*command, "--seed", 1), code=2) if False else run(*command, "--seed", 1).err
-    assert "belongs to a run with other settings" in error
+    assert "belongs to a run with other settings" in run(*command, "--seed", 1).err
 
 
 @pytest.mark.parametrize(
@@ -305,21 +309,21 @@ def test_what_is_given_wins_over_the_testbeds_defaults(
 ):
     found: dict[str, Any] = {}
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def stop(source: str, chats: Any, config: Any, **rest: Any) -> None:
         found.update(train=config.train, chats=len(chats))
-        raise Enough
+        raise EnoughError
 
     monkeypatch.setattr("keelguard.units.finetune.finetune", stop)
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         run("finetune", testbed.model("aligned-sparse"), *options)
     assert found["train"].steps_for(found["chats"]) == steps
     assert found["train"].learning_rate == rate
 
 
-def test_a_lora_freezes_units_and_the_certificate_says_so(run: Run, bed: Bed, tmp_path: Path):  # noqa: F811
+def test_a_lora_freezes_units_and_the_certificate_says_so(run: Run, bed: Bed, tmp_path: Path):
     config = tmp_path / "finetune.yaml"
     config.write_text(f"data: {bed.data}\nsafety: [{bed.safety}]\nsteps: 9\nlearning-rate: 3e-3\nbatch_size: 4\n")
     ended = run(
@@ -347,7 +351,7 @@ def test_a_lora_freezes_units_and_the_certificate_says_so(run: Run, bed: Bed, tm
     assert not Certificate.load("broken.json").holds
 
 
-def test_without_requests_to_ask_the_command_says_that_safety_is_not_measured(run: Run, bed: Bed):  # noqa: F811
+def test_without_requests_to_ask_the_command_says_that_safety_is_not_measured(run: Run, bed: Bed):
     ended = run("finetune", bed.model, "--data", bed.data, "--protect", "none", "--steps", 1, "--out", "out")
     assert ended.code == 0, ended
     assert "safety is not measured; give --suite, or --safety with 16 requests or more" in ended.err
@@ -355,10 +359,10 @@ def test_without_requests_to_ask_the_command_says_that_safety_is_not_measured(ru
     assert list(json.loads(Path("out/finetune.json").read_text())["rows"]) == ["before", "unprotected"]
 
 
-def test_an_alignment_from_end_to_end(run: Run, testbed: Any, tmp_path: Path):  # noqa: F811
+def test_an_alignment_from_end_to_end(run: Run, testbed: Any, tmp_path: Path):
     base = testbed.model("base")
     save_map(base, tmp_path / "map")
-    ended = run("align", base, "--units", tmp_path / "map", "--steps", 2, "--batch-size", 4, "--limit", 4, "--compare")
+    ended = run("align", base, "--units", tmp_path / "map", "--steps", 2, "--batch-size", 4, "--limit", 8, "--compare")
     assert ended.code == 0, ended
     assert "by default --data alignment.train.jsonl --held-out alignment.validation.jsonl" in ended.err
     assert "--learning-rate 0.001 (files" in ended.err
@@ -387,7 +391,7 @@ def interrupted(command: list[str], wanted: Path, sign: str) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def test_an_interrupted_command_says_so_and_goes_on(run: Run, bed: Bed, tmp_path: Path):  # noqa: F811
+def test_an_interrupted_command_says_so_and_goes_on(run: Run, bed: Bed, tmp_path: Path):
     options = ["--data", bed.data, "--protect", "freeze", "--units", bed.map, "--steps", 40, "--save-every", 4]
     arguments = list(map(str, ["finetune", bed.model, *options, "--batch-size", 4, "--learning-rate", "1e-3"]))
     out = tmp_path / "stopped"
@@ -402,7 +406,7 @@ def test_an_interrupted_command_says_so_and_goes_on(run: Run, bed: Bed, tmp_path
     assert left(out) == left(tmp_path / "whole")
 
 
-def test_an_interrupted_diagnosis_goes_on(run: Run, bed: Bed, tmp_path: Path):  # noqa: F811
+def test_an_interrupted_diagnosis_goes_on(run: Run, bed: Bed, tmp_path: Path):
     options = ["--safety", bed.safety, "--utility", bed.utility, "--samples", 12, "--bootstrap", 0]
     arguments = list(map(str, ["diagnose", bed.model, *options]))
     out = tmp_path / "stopped"
@@ -416,11 +420,11 @@ def test_an_interrupted_diagnosis_goes_on(run: Run, bed: Bed, tmp_path: Path):  
     assert UnitMap.load(out).digest == UnitMap.load(tmp_path / "whole").digest
 
 
-def test_processes_of_accelerate_share_a_fine_tune(run: Run, bed: Bed, tmp_path: Path):  # noqa: F811
+def test_processes_of_accelerate_share_a_fine_tune(run: Run, bed: Bed, tmp_path: Path):
     """Two processes do what one does, and the main one alone writes and speaks."""
     options = ["--data", bed.data, "--safety", bed.safety, "--units", bed.map, "--protect", "freeze,anchor"]
     # Each process anchors four prompts per step: with four in all, one process and two add the same loss.
-    options += ["--prompts", 4, "--steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--limit", 4]
+    options += ["--prompts", 4, "--steps", 6, "--batch-size", 4, "--learning-rate", "1e-3", "--limit", 8]
     arguments = list(map(str, ["finetune", bed.model, *options, "--save-every", 1]))
     launch = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "keelguard"]

@@ -185,6 +185,12 @@ def test_an_arm_is_the_same_whatever_stands_beside_it(whole: tuple[Path, Trainin
     assert alone.weights != whole[1].weights
 
 
+def test_losses_read_some_of_many_chats(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "MEASURED", 4)
+    result = start(source, tmp_path / "out", names=("second",))
+    assert result.rows["before"].task_loss == chat_loss(tiny_model().model, tiny_tokenizer(), CHATS[::2])
+
+
 def test_what_an_arm_does_behind_the_training_is_measured_and_saved(source: Path, tmp_path: Path):
     def halve(model: Any) -> None:
         model.lm_head.weight.mul_(0.5)

@@ -102,7 +102,7 @@ def diagnose(
         if asked and not safety:
             raise UsageError(f"{option}: needs harmful requests that the model refuses; name a file with --safety")
     if prove:
-        _check_suite(suite, "name a suite file, or none, to ask rows that the diagnosis has not read")
+        _check_probe(suite, limit, "name a suite file, or none, to ask rows that the diagnosis has not read")
     if before is not None:
         try:
             UnitMap.load(before)
@@ -564,10 +564,13 @@ def _split(sources: Sequence[str], most: int, seed: int):
     return taught, asked
 
 
-def _check_suite(suite: str, remedy: str) -> None:
-    """Refuse at once a suite that the command would stumble over at its end."""
+def _check_probe(suite: str, limit: int, remedy: str) -> None:
+    """Refuse at once what the command would stumble over at its end."""
     from keelguard.evaluation.audit import AuditConfig, load_suite
+    from keelguard.units.material import FEWEST
 
+    if limit < FEWEST:
+        raise UsageError(f"--limit {limit}: give {FEWEST} or more; fewer requests say nothing")
     if suite == "general":
         raise UsageError(f"--suite general: brings no harmful requests of its own; {remedy}")
     if suite:
@@ -579,7 +582,7 @@ def _probe(suite: str, limit: int, harmful, remedy: str, reporter):
     from keelguard.units.evidence import ProofConfig, make_probe
     from keelguard.units.material import FEWEST
 
-    _check_suite(suite, "name a suite file")
+    _check_probe(suite, limit, "name a suite file")
     if not suite and len(harmful) < FEWEST:
         reporter.note(f"safety is not measured; give {remedy}")
         return None

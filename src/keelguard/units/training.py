@@ -27,6 +27,8 @@ from keelguard.training import Method, Run, TrainConfig, chat_loss, train_on_cha
 from keelguard.units.proof import Point, Probe, measure
 
 BEFORE = "before"
+MEASURED = 512
+"""At most this many chats of either kind are read for a loss: the training set may be large, and is read per arm."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Row:
     """One model of a comparison.
 
     Attributes:
-        task_loss, held_out_loss: mean cross-entropy per answer token on the training and on held-out chats, natural
-            logarithm; None without such chats.
+        task_loss, held_out_loss: mean cross-entropy per answer token on the training and on held-out chats, on
+            `MEASURED` of them at most, natural logarithm; None without such chats.
         point: safety and utility; None without requests to ask.
         trained: how many numbers the optimiser held.
         seconds: of the training; of its last part, where it was interrupted.
@@ -184,7 +186,7 @@ def _trained(
         chats,
         arm.config or config,
         methods=[*arm.methods, counting],
-        state_folder=state,
+        state_folder=None,
         reporter=reporter,
         label=f"training: {name}",
     )
@@ -206,12 +208,17 @@ def _row(
 ) -> Row:
     loaded.model.eval()
     return Row(
-        task_loss=chat_loss(loaded.model, loaded.tokenizer, chats),
-        held_out_loss=chat_loss(loaded.model, loaded.tokenizer, held_out) if held_out else None,
+        task_loss=chat_loss(loaded.model, loaded.tokenizer, _spread(chats)),
+        held_out_loss=chat_loss(loaded.model, loaded.tokenizer, _spread(held_out)) if held_out else None,
         point=measure(loaded, probe) if probe else None,
         trained=trained,
         seconds=seconds,
     )
+
+
+def _spread(chats: Sequence[Chat]) -> Sequence[Chat]:
+    """At most `MEASURED` chats, evenly over a file that may be sorted."""
+    return chats[:: max(1, math.ceil(len(chats) / MEASURED))]
 
 
 @contextmanager
