@@ -13,6 +13,7 @@ from keelguard.attacks.base import GREEDY, Decoding
 from keelguard.batches import batches_by_length, pad, pad_id_of
 from keelguard.chats import encode_chat
 from keelguard.hashes import sha256_of
+from keelguard.models import execution_device
 from keelguard.records import assistant, user
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _continue(
 
     decoding = prompts[0].decoding
     inputs = pad([prompt.ids for prompt in prompts], pad_id_of(tokenizer), side="left")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    device = execution_device(model)
+    inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
         output = model.generate(  # pyright: ignore[reportCallIssue]
             **inputs,

@@ -18,6 +18,7 @@ from keelguard.hashes import hash_weights
 from keelguard.runs import atomic_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -130,7 +131,7 @@ def save_checkpoint(
     card: str | None = None,
     files: Mapping[str, str] | None = None,
     max_shard_size: str = "5GB",
-    state: "Mapping[str, Any] | None" = None,
+    state: "dict[str, Any] | None" = None,
 ) -> str:
     """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` opens, whole or not at all.
 
@@ -237,6 +238,16 @@ def _check_loaded(base: str, model: Any, info: Mapping[str, Any]) -> None:
 def architecture_of(model: Any) -> str:
     """The name of the model class, below any adapter."""
     return type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
+
+
+def execution_device(model: Any) -> "torch.device":
+    """Where a model takes its input, also where accelerate keeps the weights elsewhere."""
+    import torch
+
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    hook = getattr(embeddings, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
 
 
 def context_length(model: Any) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from keelguard.errors import UsageError
-from keelguard.models import context_length
+from keelguard.models import context_length, execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Request
 from keelguard.stats import Rate
@@ -75,7 +75,7 @@ def perplexity(
     with reporter.step(label, len(windows)) as advance, torch.inference_mode():
         for window in windows:
             if len(window) > 1:
-                row = torch.tensor([window], device=model.device)
+                row = torch.tensor([window], device=execution_device(model))
                 loss = model(input_ids=row, labels=row, use_cache=False).loss
                 total += loss.double().item() * (len(window) - 1)
                 count += len(window) - 1

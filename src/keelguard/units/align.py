@@ -33,7 +33,8 @@ class TrainOnly(Method):
     """Train some units and nothing else: `units.budget` for the length of a fine-tune."""
 
     def __init__(self, index: UnitIndex, mask: torch.Tensor, others: Others = "freeze") -> None:
-        self.index, self.mask, self.others = index, mask, others
+        self.index, self.mask = index, mask
+        self.others: Others = others
 
     def begin(self, run: Run) -> None:
         """Cut the slices out before the optimiser exists."""

@@ -18,6 +18,7 @@ import torch
 
 from keelguard.batches import batches_by_length, pad
 from keelguard.errors import FailureError, UsageError
+from keelguard.models import execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.units.index import Block, UnitIndex
 from keelguard.units.moments import Effects, Moments, group_moments
@@ -154,13 +155,6 @@ def objectives(model: Any, rows: Sequence[Row], *, batch_size: int = 16, pad_id:
         scores, owners = _scored(model, _padded(batch, pad_id, device), batch)
         found[torch.tensor(numbers)] = torch.zeros(len(batch)).index_add_(0, owners.cpu(), scores.cpu())
     return found
-
-
-def execution_device(model: Any) -> torch.device:
-    """Where a model takes its input, also where accelerate keeps the weights elsewhere."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return model.device if device is None else torch.device(device)
 
 
 def _padded(batch: Sequence[Row], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ import torch
 from keelguard.batches import batches_by_length, pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import FailureError, UsageError
+from keelguard.models import execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Chat
 from keelguard.stats import bootstrap_mean
@@ -230,9 +231,9 @@ def _read(
                 kept, column = places.unique(return_inverse=True)
                 with _looking(model, places) as distances:
                     output = model(
-                        input_ids=inputs["input_ids"].to(model.device),
-                        attention_mask=inputs["attention_mask"].to(model.device),
-                        logits_to_keep=kept.to(model.device),
+                        input_ids=inputs["input_ids"].to(execution_device(model)),
+                        attention_mask=inputs["attention_mask"].to(execution_device(model)),
+                        logits_to_keep=kept.to(execution_device(model)),
                         use_cache=False,
                     ).logits
                 found.append((numbers, torch.stack(distances, -1)))

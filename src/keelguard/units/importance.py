@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from keelguard.units.attribution import Statistics
-from keelguard.units.index import Part, UnitIndex, canonical
+from keelguard.units.index import Part, UnitIndex, weights_by_name
 
 SCORES = ("decision", "taylor", "variance", "wanda")
 WITHIN_BLOCK = ("variance", "wanda")
@@ -31,22 +31,14 @@ class Importance:
 
 def output_norms(model: Any, index: UnitIndex) -> list[torch.Tensor]:
     """‖B[:, j]‖² of every block's channels, float64 (channels,) on the CPU."""
-    from accelerate.utils import align_module_device
-
     wanted: dict[str, list[tuple[int, Part]]] = {}
     for number, block in enumerate(index.blocks):
         wanted.setdefault(block.output.parameter, []).append((number, block.output))
     norms: dict[int, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        for inner in [inner for inner, _ in module.named_parameters(recurse=False)]:
-            parts = wanted.get(canonical(f"{name}.{inner}"), ())
-            if not parts:
-                continue
-            with align_module_device(module):  # Brings the weight in where accelerate keeps it elsewhere.
-                weight = getattr(module, inner).detach()
-                for number, part in parts:
-                    whole = weight if part.at is None else weight[part.at]
-                    norms[number] = whole.double().square().sum(1 - part.dim).cpu()
+    for name, weight in weights_by_name(model, wanted):
+        for number, part in wanted[name]:
+            whole = weight if part.at is None else weight[part.at]
+            norms[number] = whole.double().square().sum(1 - part.dim).cpu()
     return [norms[number] for number in range(len(index.blocks))]
 
 

@@ -21,13 +21,15 @@ from keelguard.units.layout import (
     UnitIndex,
     canonical,
     parameters_by_name,
+    weights_by_name,
 )
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Attention", "Block", "Coverage", "Part", "Slice", "UnitIndex", "build_index", "canonical", "parameters_by_name"
+    "Attention", "Block", "Coverage", "Part", "Slice", "UnitIndex", "build_index", "canonical", "parameters_by_name",
+    "weights_by_name",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Pure bookkeeping, without a look at any model; `keelguard.units.index` finds the
 """
 
 import re
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -184,3 +185,15 @@ def canonical(name: str) -> str:
 def parameters_by_name(model: Any) -> "dict[str, torch.Tensor]":
     """A model's parameters under canonical names: those of the plain model, below any wrapper or adapter."""
     return {canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def weights_by_name(model: Any, names: Container[str]) -> "Iterator[tuple[str, torch.Tensor]]":
+    """(canonical name, weight) of some parameters, each brought in while it is looked at where accelerate offloads."""
+    from accelerate.utils import align_module_device
+
+    for path, module in model.named_modules():
+        for inner in [inner for inner, _ in module.named_parameters(recurse=False)]:
+            name = canonical(f"{path}.{inner}")
+            if name in names:
+                with align_module_device(module):
+                    yield name, getattr(module, inner).detach()

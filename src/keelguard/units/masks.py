@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from keelguard.errors import UsageError
-from keelguard.units.index import UnitIndex, parameters_by_name
+from keelguard.units.index import Block, Part, UnitIndex, weights_by_name
 
 
 def random_mask(index: UnitIndex, count: int, seed: int = 0) -> torch.Tensor:
@@ -22,22 +22,20 @@ def magnitude_mask(model: Any, index: UnitIndex, count: int) -> torch.Tensor:
 
 def weight_magnitudes(model: Any, index: UnitIndex) -> torch.Tensor:
     """The mean squared weight of every unit, float64 (units,)."""
-    named = parameters_by_name(model)
-    found = []
+    totals = torch.zeros(len(index), dtype=torch.float64)
+    counts = torch.zeros(len(index), dtype=torch.float64)
+    owned: dict[str, list[tuple[Block, Part]]] = {}
     for block in index.blocks:
-        total = torch.zeros(block.size, dtype=torch.float64)
-        count = 0
         for part in block.parts:
-            weight = named[part.parameter].detach()
-            weight = weight if part.at is None else weight[part.at]
-            # Of a bias there is no other dimension, and a sum over none would be one over all.
-            rest = tuple(d for d in range(weight.ndim) if d != part.dim)
-            squares = weight.double().square()
-            rows = squares.sum(rest) if rest else squares
-            total += rows.cpu()[part.rows].sum(1)
-            count += part.rows.shape[1] * (weight.numel() // weight.shape[part.dim])
-        found.append(total / count)
-    return torch.cat(found)
+            owned.setdefault(part.parameter, []).append((block, part))
+    for name, weight in weights_by_name(model, owned):
+        for block, part in owned[name]:
+            whole = weight if part.at is None else weight[part.at]
+            # Of a bias no dimension is left to sum over, and an empty list of dimensions would mean all.
+            rows = whole.double().square().movedim(part.dim, 0).reshape(whole.shape[part.dim], -1).sum(1).cpu()
+            totals[block.span] += rows[part.rows].sum(1)
+            counts[block.span] += part.rows.shape[1] * (whole.numel() // whole.shape[part.dim])
+    return totals / counts
 
 
 def layer_mask(index: UnitIndex, first: int, last: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ class Point:
     def from_json(cls, data: Mapping[str, Any]) -> "Point":
         """The inverse of `to_json`."""
         values = {k: Rate.from_json(v) if isinstance(v, dict) else v for k, v in data.items()}
-        return cls(**{**values, "broken": tuple(values["broken"])})
+        return cls(**{**values, "broken": tuple(data["broken"])})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
 """
 
 import copy
+import gc
 import math
 import os
 import shutil
@@ -142,8 +143,9 @@ def run_training(
                     model = load_model(out / "model", device="cpu").model
             row(name, model, trained, seconds)
             _remove_states(out)
-            # The next arm needs the memory.
+            # The next arm needs the memory, and a Trainer holds its optimiser in a circle.
             del model
+            gc.collect()
         _barrier()
         result = TrainingResult({n: rows[n] for n in (BEFORE, *arms) if n in rows}, out / "model", _hash(out / "model"))
         if is_main():
@@ -186,7 +188,7 @@ def _trained(
         chats,
         arm.config or config,
         methods=[*arm.methods, counting],
-        state_folder=None,
+        state_folder=state,
         reporter=reporter,
         label=f"training: {name}",
     )
@@ -239,13 +241,12 @@ def _opened(out: Path, command: str, settings: dict[str, Any]) -> Iterator[None]
 
 @contextmanager
 def _mistakes_undone(out: Path) -> Iterator[None]:
-    """Empty a folder that was new when its settings cannot be trained with: they must not bind it to themselves."""
-    new = is_main() and not (out / "rows").exists()
+    """Empty the folder of a run that fails before it has trained: its settings must not bind the folder to them."""
     try:
         yield
     except KeelguardError:
         trained = {path.stem for path in (out / "rows").glob("*.json")} - {BEFORE}
-        if new and not trained and not any(out.glob("state-*/checkpoint-*")):
+        if is_main() and not trained and not any(out.glob("state-*/checkpoint-*")):
             shutil.rmtree(out / "rows", ignore_errors=True)
             _remove_states(out)
         raise
