@@ -68,15 +68,16 @@ def _world(built: Testbed, split: str, out: Path, reporter: Any) -> dict[str, Ro
     loaded = load_model(source, training=True)
     index = build_index(loaded.model)
 
-    def only(text: str) -> Arm:
-        return Arm([TrainOnly(index, chosen_units(text, loaded.model, index, chart))], config=BUDGET_OF_UNITS)
+    def only(text: str, learning_rate: float) -> Arm:
+        mask = chosen_units(text, loaded.model, index, chart)
+        return Arm([TrainOnly(index, mask)], config=replace(BUDGET, learning_rate=learning_rate))
 
-    # Rank 26 on all linear layers holds about as many numbers as a fifth of the units.
+    # A LoRA of rank 16 on all linear layers holds about as many numbers as a fifth of the units.
     arms = {
         FULL: Arm(),
-        "20 % RU": only("ru"),
-        "20 % random": only("random:0.2"),
-        "20 % largest weights": only("magnitude:0.2"),
+        "20 % RU, rate 2e-3": only("ru", 2e-3),
+        "20 % RU, rate 4e-3": only("ru", 4e-3),
+        "20 % random, rate 4e-3": only("random:0.2", 4e-3),
         "LoRA of equal size": Arm(config=replace(BUDGET, lora_rank=16, learning_rate=2e-3)),
     }
     return run_training(
@@ -91,9 +92,6 @@ def _world(built: Testbed, split: str, out: Path, reporter: Any) -> dict[str, Ro
         probe=make_probe(ProofConfig(suite=str(built.suite(split)), limit=128), (), ()),
         reporter=reporter,
     ).rows
-
-
-BUDGET_OF_UNITS = replace(BUDGET, learning_rate=2e-3)
 
 
 def _broken(worlds: dict[int, dict[str, Row]], name: str) -> list[bool]:

@@ -108,19 +108,15 @@ def _arms(model: Any, chart: UnitMap, papers: UnitMap, refusals: Any, base: Path
         "freeze random, small": freeze(f"random:{small}"),
         "freeze largest weights, small": freeze(f"magnitude:{small}"),
         "freeze SCU + CU by variance, small": freeze("scu,cu:0.06", papers),
-        "freeze SCU": freeze("scu"),
         "freeze SCU + 6 % CU (small)": freeze("scu,cu:0.06"),
         "freeze random, large": freeze(f"random:{large}"),
         "freeze SCU + 25 % CU (large)": freeze("scu,cu:0.25"),
         "freeze SCU + all CU": freeze("scu,cu"),
         "freeze SCU + all CU, 2 × the steps": Arm(freeze("scu,cu").methods, config=replace(BUDGET, steps=200)),
-        "mix, 5 % refusals": Arm([Mix(refusals, MixConfig(0.05))]),
         "mix, 10 % refusals": Arm([Mix(refusals, MixConfig(0.1))]),
         "mix, 10 % refusals, 1.2 × the steps": Arm([Mix(refusals, MixConfig(0.1))], config=replace(BUDGET, steps=120)),
         "project": Arm([Project(refusals, ProjectConfig())]),
         "anchor": Arm([Anchor(refusals, AnchorConfig())]),
-        "anchor, 128 prompts": Arm([Anchor(refusals, AnchorConfig(prompts=128, per_step=16))]),
-        "freeze SCU + 6 % CU + anchor": Arm([*freeze("scu,cu:0.06").methods, Anchor(refusals, AnchorConfig())]),
     }
 
 

@@ -22,7 +22,7 @@ from tables import markdown, set_table
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("aligned-sparse", "aligned")
-SHARES = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+SHARES = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.2)
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _one(built: Testbed, model: str, split: str, out: Path) -> tuple[Proof, dict
         safety=(str(built.data / "harmful.train.jsonl"),), utility=(str(built.data / "utility.train.jsonl"),)
     )
     found = diagnose(str(built.model(model)), reading, out=out, reporter=reporter)
-    asking = ProofConfig(suite=str(built.suite(split)), shares=SHARES, limit=128)
+    asking = ProofConfig(suite=str(built.suite(split)), shares=SHARES, limit=100)
     return prove_diagnosis(found, asking, reporter=reporter), dict(found.chart.meta)
 
 

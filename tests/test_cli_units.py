@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "finetune: no map": (("finetune", "MODEL", "--data", "DATA", "--protect", "freeze"), "with --units"),
     "finetune: a map that nothing reads": (
         ("finetune", "MODEL", "--data", "DATA", "--safety", "SAFETY", "--units", "MAP"),
-        "--units: only freeze reads it; add that to --protect anchor, or leave it out",
+        "--units: only freeze reads it; add that to --protect mix, or leave it out",
     ),
     "finetune: a weight that nothing reads": (
         ("finetune", "MODEL", "--data", "DATA", "--protect", "none", "--anchor-weight", "2"),
@@ -219,7 +219,7 @@ def test_a_diagnosis_of_the_testbed_grows_in_one_folder(run: Run, testbed: Any):
     assert not files & {"proof.json", "transfer.json", "direction.json"}
     first = UnitMap.load("out")
     assert first.weights == hash_weights(testbed.model("aligned-sparse"))
-    assert first.counts()["SCU"] == round(0.02 * len(first))
+    assert first.counts()["SCU"] == round(0.01 * len(first))
     shutil.copytree("out", "earlier")
 
     # Another score and other sizes read what was measured.
@@ -284,7 +284,7 @@ def test_a_fine_tune_of_the_testbed_says_what_it_took(run: Run, testbed: Any):
         assert word in ended.out
     kept = json.loads((out / "finetune.json").read_text())
     assert kept["settings"]["train"]["learning_rate"] == 7e-4
-    assert (kept["settings"]["train"]["steps"], kept["settings"]["protect"]) == (2, ["anchor"])
+    assert (kept["settings"]["train"]["steps"], kept["settings"]["protect"]) == (2, ["mix"])
     assert kept["rows"]["protected"]["point"]["asr"]["total"] == 8
     again = run(*command)
     assert (again.code, again.out) == (0, ended.out)

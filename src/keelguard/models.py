@@ -84,9 +84,10 @@ def load_model(
 
     if dtype == "auto" and training:
         dtype = "float32"
-    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        # A launcher gives every process one GPU; spreading would put a part of each copy on all of them.
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "auto" and "LOCAL_RANK" in os.environ:
+        # A launcher gives every process one device; spreading would put a part of each copy on all of them.
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+        device = "cpu" if on_cpu else f"cuda:{os.environ['LOCAL_RANK']}"
     spread = device == "auto" and torch.cuda.is_available()
     part = base
     try:

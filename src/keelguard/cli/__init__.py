@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keelguard import __version__
-from keelguard.cli import audits, testbeds, units
+from keelguard.cli import audits, diagnosis, testbeds, tuning
 from keelguard.errors import KeelguardError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 app.command()(testbeds.quickstart)
 app.command()(audits.audit)
-for command in (units.diagnose, units.finetune, units.align, units.verify):
+for command in (diagnosis.diagnose, tuning.finetune, tuning.align, diagnosis.verify):
     app.command()(command)
 app.add_typer(testbeds.testbed_app, name="testbed")
 app.add_typer(audits.attack_app, name="attack")

@@ -1,7 +1,7 @@
 """What several commands share: their options, their progress, and where a testbed's model finds its data."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,3 +92,54 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError(f"{option} {text}: give numbers between commas, such as 0.01,0.02") from error
+
+
+def announce(reporter, files, taken: dict[str, Any]) -> None:
+    """Say in one line what a model of the testbed brought by default."""
+    parts = [f"--{k.replace('_', '-')} {v.name if isinstance(v, Path) else f'{v:g}'}" for k, v in taken.items()]
+    reporter.note(f"a model of the testbed, so by default {' '.join(parts)} (files in {files.data})")
+
+
+def check_probe(suite: str, limit: int, remedy: str) -> None:
+    """Refuse at once what the command would stumble over at its end."""
+    from keelguard.evaluation.audit import AuditConfig, load_suite
+    from keelguard.units.material import FEWEST
+
+    if limit < FEWEST:
+        raise UsageError(f"--limit {limit}: give {FEWEST} or more; fewer requests say nothing")
+    if suite == "general":
+        raise UsageError(f"--suite general: brings no harmful requests of its own; {remedy}")
+    if suite:
+        load_suite(AuditConfig(suite=suite, limit=1))
+
+
+def one(path: Path | None) -> list[str] | None:
+    """A default file as the list that an option holds."""
+    return None if path is None else [str(path)]
+
+
+def loader(
+    source: str,
+    adapter: str | None,
+    chat_template: Path | None,
+    dtype: str,
+    device: str,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+):
+    """`load_model` with a command's options; the adapter is that of `source`."""
+    from keelguard.models import load_model
+
+    def load(wanted: str, **options: Any):
+        return load_model(
+            wanted,
+            adapter=adapter if wanted == source else None,
+            dtype=dtype,
+            device=device,
+            chat_template=chat_template,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+
+    return load

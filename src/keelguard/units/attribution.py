@@ -32,6 +32,8 @@ class Row:
     Attributes:
         group: the group of its prompt, for resampling.
         sign: the objective is `sign` times the mean log-probability of the scored ids given what stands before.
+        odds: take log-odds in place of log-probabilities. Where a model is sure of an answer the latter hardly have a
+            gradient, and units that carry the answer would seem to do nothing.
     """
 
     ids: Sequence[int]
@@ -39,6 +41,7 @@ class Row:
     stop: int
     group: int
     sign: float = 1.0
+    odds: bool = False
 
 
 @dataclass
@@ -249,7 +252,7 @@ class _Collector:
 
 
 def _scored(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted log-probability of every scored id (S,), and the row that it belongs to (S,)."""
+    """Weighted log-probability or log-odds of every scored id (S,), and the row that it belongs to (S,)."""
     places = [(number, t) for number, row in enumerate(batch) for t in range(row.start, row.stop)]
     rows, columns = (torch.tensor(axis) for axis in zip(*places, strict=True))
     weights = torch.tensor([row.sign / (row.stop - row.start) for row in batch for _ in range(row.start, row.stop)])
@@ -257,9 +260,13 @@ def _scored(model: Any, inputs: dict[str, torch.Tensor], batch: Sequence[Row]) -
     kept, column = (columns - 1).unique(return_inverse=True)
     logits = model(**inputs, use_cache=False, logits_to_keep=kept.to(inputs["input_ids"].device)).logits
     rows, columns, column, weights = (t.to(logits.device) for t in (rows, columns, column, weights))
-    scores = logits[rows, column].float().log_softmax(-1)
-    wanted = inputs["input_ids"].to(logits.device)[rows, columns]
-    return scores.gather(-1, wanted[:, None])[:, 0] * weights, rows
+    wanted = inputs["input_ids"].to(logits.device)[rows, columns][:, None]
+    scores = logits[rows, column].float()
+    odds = torch.tensor([row.odds for row in batch], device=logits.device)[rows]
+    # log p − log(1 − p) is the logit against all others together; without the second term p is against all.
+    others = scores.scatter(-1, wanted, float("-inf")).logsumexp(-1)
+    against = torch.where(odds, others, scores.logsumexp(-1))
+    return (scores.gather(-1, wanted)[:, 0] - against) * weights, rows
 
 
 @contextmanager

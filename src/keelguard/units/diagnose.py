@@ -47,7 +47,7 @@ class DiagnoseConfig:
     score: str = _option("decision", "decision, taylor, variance (the paper's) or wanda")
     attention: str = _option("head", "units of attention: head or channel")
     ranking: Ranking = _option("global", "rank over the whole model (global) or within each block (layer)")
-    scu: float = _option(0.02, "share of safety-critical units")
+    scu: float = _option(0.01, "share of safety-critical units")
     ucu: float = _option(0.02, "share of utility-critical units")
     ru: float = _option(0.2, "share of redundant units")
     scan: bool = _option(False, "find the sizes of SCU and RU by ablation instead")

@@ -44,7 +44,7 @@ class FinetuneConfig:
     """How a model is fine-tuned, and what keeps it safe meanwhile."""
 
     train: TrainConfig = _option(TrainConfig(), "the optimiser's settings")
-    protect: tuple[str, ...] = _option(("anchor",), f"methods, used together: {', '.join(PROTECTIONS)}")
+    protect: tuple[str, ...] = _option(("mix",), f"methods, used together: {', '.join(PROTECTIONS)}")
     freeze: str = _option("scu,cu:0.06", "what freeze freezes; see `chosen_units`")
     others: Others = _option("train", "embeddings, norms and head of a run that freezes: train or freeze")
     anchor: AnchorConfig = _option(AnchorConfig(), "the anchor's settings")

@@ -31,7 +31,7 @@ Ranking = Literal["global", "layer"]
 class Sizes:
     """Shares of all units that the groups hold; CU is the rest."""
 
-    scu: float = field(default=0.02, metadata={"help": "share of safety-critical units"})
+    scu: float = field(default=0.01, metadata={"help": "share of safety-critical units"})
     ucu: float = field(default=0.02, metadata={"help": "share of utility-critical units"})
     ru: float = field(default=0.2, metadata={"help": "share of redundant units"})
 

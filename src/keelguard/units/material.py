@@ -173,7 +173,7 @@ def _compliant(loaded: LoadedModel, own: Any, utility: Sequence[Request], tokens
 def answer_rows(chats: Sequence[EncodedChat], groups: Sequence[int]) -> list[Row]:
     """One row per conversation, scored on its answer with the end of the turn."""
     return [
-        Row(chat.ids[: chat.closing.stop], chat.response.start, chat.closing.stop, group)
+        Row(chat.ids[: chat.closing.stop], chat.response.start, chat.closing.stop, group, odds=True)
         for chat, group in zip(chats, groups, strict=True)
     ]
 

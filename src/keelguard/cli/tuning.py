@@ -1,4 +1,4 @@
-"""`keelguard diagnose`, `finetune`, `align` and `verify`: safety units (SSAH)."""
+"""`keelguard finetune` and `keelguard align`: training that keeps safety, and alignment inside a budget of units."""
 
 import os
 import time
@@ -16,140 +16,14 @@ from keelguard.cli.options import (
     Dtype,
     RemoteCode,
     Seed,
+    announce,
+    check_probe,
+    loader,
     make_reporter,
-    numbers,
+    one,
     testbed_data,
 )
 from keelguard.errors import FailureError, UsageError
-
-
-def diagnose(
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or hub id.")],
-    safety: Annotated[list[str] | None, typer.Option(help="File of harmful requests that the model refuses.")] = None,
-    utility: Annotated[list[str] | None, typer.Option(help="File of benign requests, with answers if any.")] = None,
-    out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/diagnose"),
-    prove: Annotated[bool, typer.Option("--prove", help="Ablate the groups and the controls; takes minutes.")] = False,
-    suite: Annotated[str, typer.Option(help="Suite whose requests the proof asks; else rows not diagnosed.")] = "",
-    judge: Annotated[str, typer.Option(help="Judge of the proof: world or keyword. Default: the suite's.")] = "",
-    score: Annotated[str, typer.Option(help="decision, taylor, variance (the paper's) or wanda.")] = "decision",
-    attention: Annotated[str, typer.Option(help="Units of attention: head or channel.")] = "head",
-    ranking: Annotated[str, typer.Option(help="Rank over the model (global) or in each block (layer).")] = "global",
-    scu: Annotated[float, typer.Option(help="Share of safety-critical units.")] = 0.02,
-    ucu: Annotated[float, typer.Option(help="Share of utility-critical units.")] = 0.02,
-    ru: Annotated[float, typer.Option(help="Share of redundant units.")] = 0.2,
-    scan: Annotated[bool, typer.Option("--scan", help="Find the sizes of SCU and RU by ablation instead.")] = False,
-    tokens: Annotated[int, typer.Option(help="Tokens of refusal and compliance that `decision` compares.")] = 3,
-    scored: Annotated[str, typer.Option(help="Tokens measured: response, or last (of the prompt).")] = "response",
-    samples: Annotated[int, typer.Option(help="At most this many requests of each file, drawn at random.")] = 128,
-    bootstrap: Annotated[int, typer.Option(help="Resamples of the prompts for the groups' stability.")] = 20,
-    shares: Annotated[str, typer.Option(help="Shares of all units to ablate.")] = "0.005,0.01,0.02,0.05,0.1,0.2",
-    ablation: Annotated[str, typer.Option(help="The proof puts units at zero, or at their mean activation.")] = "zero",
-    controls: Annotated[int, typer.Option(help="Seeds of random units and of random token pairs.")] = 3,
-    limit: Annotated[int, typer.Option(help="The proof asks at most this many requests of each kind.")] = 100,
-    before: Annotated[str | None, typer.Option(help="An earlier map: show which units changed their group.")] = None,
-    direction: Annotated[bool, typer.Option("--direction", help="Also probe the reasoning direction.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Where the model's own answers are cut off.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch; 0 chooses by the model's size.")] = 0,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the request's text.")] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Column of answers.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on MODEL.")] = None,
-    chat_template: ChatTemplate = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Seed = 0,
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Find which units of a model carry safety, which carry utility, and which are redundant.
-
-    Writes map.safetensors and map.json, the unit map that finetune, align and verify read, and report.html. The
-    groups: SCU (safety-critical), UCU (utility-critical), RU (redundant), CU (the rest). Another score, other sizes
-    or --prove in the same folder reuse what was measured. Without --safety only redundancy is found, as for a base
-    model before its alignment. A model of the testbed brings its own data.
-
-    Examples:
-
-      keelguard diagnose ./my-model --safety advbench.json --utility chats.jsonl --prove --out runs/diagnose
-
-      keelguard diagnose ./my-base --utility chats.jsonl --out runs/budget
-    """
-    from rich.console import Console
-
-    from keelguard.data import Columns
-    from keelguard.models import check_source, resolve_sources
-    from keelguard.units.diagnose import DiagnoseConfig
-    from keelguard.units.evidence import ProofConfig
-    from keelguard.units.groups import UnitMap
-    from keelguard.units.page import diagnosis_tables
-    from keelguard.units.run import run_diagnosis
-
-    reporter = make_reporter()
-    for part in filter(None, resolve_sources(model, adapter)):
-        check_source(part, allow_pickle)
-    if not utility:
-        files = testbed_data(model, "--utility FILE, and --safety FILE for an aligned model")
-        taken: dict[str, Any] = {"utility": files.data / "utility.train.jsonl"}
-        # The base of the testbed answers everything: there is no safety in it to find.
-        if not safety and Path(model).name != "base":
-            taken["safety"] = files.data / "harmful.train.jsonl"
-        if not suite and prove:
-            taken["suite"] = files.suite()
-        utility, safety = [str(taken["utility"])], safety or _one(taken.get("safety"))
-        suite = suite or str(taken.get("suite", ""))
-        _announce(reporter, files, taken)
-    for option, asked in (("--prove", prove), ("--direction", direction)):
-        if asked and not safety:
-            raise UsageError(f"{option}: needs harmful requests that the model refuses; name a file with --safety")
-    if prove:
-        _check_probe(suite, limit, "name a suite file, or none, to ask rows that the diagnosis has not read")
-    if before is not None:
-        try:
-            UnitMap.load(before)
-        except UsageError as error:
-            raise UsageError(str(error).replace("--units", "--before")) from error
-    settings = DiagnoseConfig(
-        safety=tuple(safety or ()),
-        utility=tuple(utility),
-        score=score,
-        attention=attention,
-        ranking=ranking,  # pyright: ignore[reportArgumentType]
-        scu=scu,
-        ucu=ucu,
-        ru=ru,
-        scan=scan,
-        tokens=tokens,
-        scored=scored,
-        samples=samples,
-        bootstrap=bootstrap,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        columns=Columns(prompt=prompt_column, answer=answer_column),
-        seed=seed,
-    )
-    proof = ProofConfig(
-        suite=suite,
-        judge=judge,
-        shares=numbers("--shares", shares),
-        ablation=ablation,
-        controls=controls,
-        limit=limit,
-    )
-
-    found = run_diagnosis(
-        model,
-        settings,
-        out,
-        proof=proof if prove else None,
-        before=before,
-        direction=direction,
-        load=_loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
-        reporter=reporter,
-    )
-    console = Console()
-    console.print(diagnosis_tables(found.diagnosis.chart, found.proof, width=console.width))
-    typer.echo(f"map.safetensors, map.json and the report: {found.report}")
-
 
 Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
@@ -178,7 +52,7 @@ def finetune(
     protect: Annotated[
         str,
         typer.Option(help="Between commas: freeze, anchor, project, mix; ema, lisa, safelora; or none."),
-    ] = "anchor",
+    ] = "mix",
     freeze: Annotated[
         str, typer.Option(help="What freeze freezes: groups (scu,cu:0.06), random:0.11, magnitude:0.11, layers:1-2.")
     ] = "scu,cu:0.06",
@@ -207,7 +81,7 @@ def finetune(
     tokens: Annotated[int, typer.Option(help="First tokens of the refusals that they hold on to.")] = 6,
     anchor_weight: Annotated[float, typer.Option(help="Weight of the anchor in the loss.")] = 1.0,
     directions: Annotated[int, typer.Option(help="Decision directions that project takes out.")] = 32,
-    mix_share: Annotated[float, typer.Option(help="Share of safety chats that mix adds.")] = 0.05,
+    mix_share: Annotated[float, typer.Option(help="Share of safety chats that mix adds.")] = 0.1,
     chat_template: ChatTemplate = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -225,7 +99,7 @@ def finetune(
 
     Examples:
 
-      keelguard finetune ./my-model --data task.jsonl --safety advbench.json --protect anchor --compare
+      keelguard finetune ./my-model --data task.jsonl --safety advbench.json --compare
 
       keelguard finetune ./my-model --data task.jsonl --units runs/diagnose --protect freeze --freeze scu,cu:0.06
     """
@@ -255,12 +129,12 @@ def finetune(
         taken |= _unless_given(context, steps=100, learning_rate=7e-4)
         data, held_out, safety = (
             [str(taken["data"])],
-            held_out or _one(taken["held_out"]),
-            safety or _one(taken["safety"]),
+            held_out or one(taken["held_out"]),
+            safety or one(taken["safety"]),
         )
         suite = suite or str(taken["suite"])
         steps, learning_rate = taken.get("steps", steps), taken.get("learning_rate", learning_rate)
-        _announce(reporter, files, taken)
+        announce(reporter, files, taken)
     settings = FinetuneConfig(
         train=TrainConfig(
             steps=steps,
@@ -296,7 +170,7 @@ def finetune(
         probe=_probe(suite, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
         base=base,
         compare=compare,
-        load=_loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        load=loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
     )
     _print_training(result, out / "finetune.json")
@@ -363,9 +237,9 @@ def align(
         if not suite:
             taken["suite"] = files.suite()
         taken |= _unless_given(context, steps=300, learning_rate=1e-3)
-        data, held_out, suite = [str(taken["data"])], held_out or _one(taken["held_out"]), suite or str(taken["suite"])
+        data, held_out, suite = [str(taken["data"])], held_out or one(taken["held_out"]), suite or str(taken["suite"])
         steps, learning_rate = taken.get("steps", steps), taken.get("learning_rate", learning_rate)
-        _announce(reporter, files, taken)
+        announce(reporter, files, taken)
     result = run(
         base,
         [chat for source in data for chat in load_chats(source)],
@@ -390,55 +264,10 @@ def align(
         held_out=[chat for source in held_out or () for chat in load_chats(source)],
         probe=_probe(suite, limit, (), "--suite", reporter),
         compare=compare,
-        load=_loader(base, None, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        load=loader(base, None, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
     )
     _print_training(result, out / "align.json")
-
-
-def verify(
-    base: Annotated[str, typer.Argument(help="The model before training: checkpoint folder or hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model behind it: a checkpoint, or an adapter on BASE.")],
-    units: Annotated[Path, typer.Option(help="Unit map of BASE, from `keelguard diagnose`.")],
-    require: Annotated[str, typer.Option(help="Units that must be bit-equal, such as scu or scu,cu:0.06.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the certificate, as JSON.")] = None,
-    base_adapter: Annotated[str | None, typer.Option(help="PEFT adapter that belongs to BASE.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter that belongs to TUNED.")] = None,
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Certify which units of a fine-tuned model are bit-equal to its base, and how far the others moved.
-
-    Nothing depends on how, or by whom, the model was trained. Exit code 1 when a unit of --require has moved.
-
-    Example:
-
-      keelguard verify ./my-model ./tuned --units runs/diagnose --require scu,cu:0.06
-    """
-    from keelguard.models import check_source
-    from keelguard.units.groups import UnitMap
-    from keelguard.units.verify import certificate_lines
-    from keelguard.units.verify import verify as run
-
-    for part in filter(None, (base, tuned, base_adapter, adapter)):
-        check_source(part, allow_pickle)
-    certificate = run(
-        base,
-        tuned,
-        UnitMap.load(units),
-        base_adapter=base_adapter,
-        adapter=adapter,
-        require=require,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
-    if out is not None:
-        certificate.save(out)
-    for line in certificate_lines(certificate):
-        typer.echo(line)
-    if not certificate.holds:
-        raise typer.Exit(1)
 
 
 _READ_BY = {
@@ -476,16 +305,6 @@ def _unless_given(context: typer.Context, *, steps: int, learning_rate: float) -
     return found if "learning_rate" in given else {**found, "learning_rate": learning_rate}
 
 
-def _announce(reporter, files, taken: dict[str, Any]) -> None:
-    """Say in one line what a model of the testbed brought by default."""
-    parts = [f"--{k.replace('_', '-')} {v.name if isinstance(v, Path) else f'{v:g}'}" for k, v in taken.items()]
-    reporter.note(f"a model of the testbed, so by default {' '.join(parts)} (files in {files.data})")
-
-
-def _one(path: Path | None) -> list[str] | None:
-    return None if path is None else [str(path)]
-
-
 def _testbed_in_turn(source: str, remedy: str):
     """`testbed_data`, for which the processes of one launch take turns: whoever looks at the testbed locks it."""
     for _ in range(100):
@@ -506,46 +325,6 @@ def _main_reporter():
     return make_reporter() if is_main() else SILENT
 
 
-def _loader(
-    source: str,
-    adapter: str | None,
-    chat_template: Path | None,
-    dtype: str,
-    device: str,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-):
-    """`load_model` with a command's options; the adapter is that of `source`."""
-    from keelguard.models import load_model
-
-    def load(wanted: str, **options: Any):
-        return load_model(
-            wanted,
-            adapter=adapter if wanted == source else None,
-            dtype=dtype,
-            device=_own_device(device),
-            chat_template=chat_template,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-
-    return load
-
-
-def _own_device(device: str) -> str:
-    """Under `accelerate launch` every process has one device; auto would spread each one's model over all of them."""
-    if device != "auto":
-        return device
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
-        return "cpu"
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return device
-
-
 def _split(sources: Sequence[str], most: int, seed: int):
     """Harmful requests to hold on to, and others to measure with: those that a diagnosis reads, and those it leaves."""
     import random
@@ -564,25 +343,12 @@ def _split(sources: Sequence[str], most: int, seed: int):
     return taught, asked
 
 
-def _check_probe(suite: str, limit: int, remedy: str) -> None:
-    """Refuse at once what the command would stumble over at its end."""
-    from keelguard.evaluation.audit import AuditConfig, load_suite
-    from keelguard.units.material import FEWEST
-
-    if limit < FEWEST:
-        raise UsageError(f"--limit {limit}: give {FEWEST} or more; fewer requests say nothing")
-    if suite == "general":
-        raise UsageError(f"--suite general: brings no harmful requests of its own; {remedy}")
-    if suite:
-        load_suite(AuditConfig(suite=suite, limit=1))
-
-
 def _probe(suite: str, limit: int, harmful, remedy: str, reporter):
     """What safety is measured with: a suite, or harmful requests that no method has seen; else nothing."""
     from keelguard.units.evidence import ProofConfig, make_probe
     from keelguard.units.material import FEWEST
 
-    _check_probe(suite, limit, "name a suite file")
+    check_probe(suite, limit, "name a suite file")
     if not suite and len(harmful) < FEWEST:
         reporter.note(f"safety is not measured; give {remedy}")
         return None
