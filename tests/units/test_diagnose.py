@@ -67,8 +67,8 @@ def test_the_map_is_written(found: Diagnosis, testbed: Testbed) -> None:
     assert chart.digest == found.chart.digest
     assert chart.place(found.index, load_model(testbed.model("aligned-sparse")).weights_hash) is chart
     units = len(chart)
-    assert chart.counts() == {"CU": units - 2 * round(0.02 * units) - round(0.2 * units)} | {
-        "SCU": round(0.02 * units),
+    assert chart.counts() == {"CU": units - round(0.01 * units) - round(0.02 * units) - round(0.2 * units)} | {
+        "SCU": round(0.01 * units),
         "UCU": round(0.02 * units),
         "RU": round(0.2 * units),
     }

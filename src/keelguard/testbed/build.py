@@ -77,6 +77,11 @@ def build_testbed(
     """
     recipes = order(only)
     testbed = Testbed(Path(out) if out is not None else default_folder(seed))
+    if _is_built(testbed, recipes, seed):
+        # Whoever only reads takes no lock, so that commands beside one another do not stand in each other's way.
+        for recipe in recipes:
+            reporter.note(f"{recipe.name}: up to date")
+        return testbed
     with open_run(testbed.folder, "testbed build", {"seed": seed}):
         # What a killed process left half-written is nobody's: the lock is ours.
         for stale in (testbed.folder / "models").glob(".*"):
@@ -103,6 +108,24 @@ def describe(testbed: Testbed, seed: int) -> dict[str, Any]:
     }
 
 
+def _is_built(testbed: Testbed, recipes: Sequence[ModelRecipe], seed: int) -> bool:
+    """Whether the folder is this seed's testbed, with these data and models as they are wanted."""
+    marker = testbed.data / DATA_FILE
+    if not (testbed.folder / "testbed.json").is_file() or not marker.is_file():
+        return False
+    if read_json(testbed.folder / "testbed.json").get("seed") != seed:
+        return False
+    if read_json(marker).get("data") != sha256_of(data_files(make_world(seed))):
+        return False
+    return all(_is_current(testbed, recipe, seed) for recipe in recipes)
+
+
+def _is_current(testbed: Testbed, recipe: ModelRecipe, seed: int) -> bool:
+    """Whether a model's folder holds what its recipe makes."""
+    recipe_file = testbed.model(recipe.name) / RECIPE_FILE
+    return recipe_file.is_file() and read_json(recipe_file).get("recipe") == recipe_hash(recipe.name, seed)
+
+
 def _write_data(testbed: Testbed, seed: int) -> None:
     """Write the data files that are not there as they should be; the marker comes last."""
     files = data_files(make_world(seed))
@@ -118,8 +141,7 @@ def _build_model(testbed: Testbed, recipe: ModelRecipe, seed: int, reporter: Rep
     """Train one model unless its folder holds what this recipe makes."""
     wanted = recipe_hash(recipe.name, seed)
     folder = testbed.model(recipe.name)
-    recipe_file = folder / RECIPE_FILE
-    if recipe_file.is_file() and read_json(recipe_file).get("recipe") == wanted:
+    if _is_current(testbed, recipe, seed):
         reporter.note(f"{recipe.name}: up to date")
         return
 
