@@ -20,6 +20,19 @@ _HOME = {
     "encode_chat": "keelguard.chats",
     "make_judge": "keelguard.evaluation.judges",
     "build_testbed": "keelguard.testbed.build",
+    "TrainConfig": "keelguard.training",
+    "train_on_chats": "keelguard.training",
+    "DiagnoseConfig": "keelguard.units.diagnose",
+    "diagnose": "keelguard.units.diagnose",
+    "UnitMap": "keelguard.units.groups",
+    "build_index": "keelguard.units.index",
+    "ablate": "keelguard.units.ablation",
+    "protect": "keelguard.units.protect",
+    "train_only": "keelguard.units.budget",
+    "FinetuneConfig": "keelguard.units.finetune",
+    "finetune": "keelguard.units.finetune",
+    "align": "keelguard.units.align",
+    "verify": "keelguard.units.verify",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]

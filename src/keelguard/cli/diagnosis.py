@@ -23,8 +23,16 @@ from keelguard.cli.options import (
 )
 from keelguard.errors import UsageError
 
+_OF_THE_PROOF = ("suite", "judge", "shares", "ablation", "controls", "limit")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+
 
 def diagnose(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or hub id.")],
     safety: Annotated[list[str] | None, typer.Option(help="File of harmful requests that the model refuses.")] = None,
     utility: Annotated[list[str] | None, typer.Option(help="File of benign requests, with answers if any.")] = None,
@@ -102,6 +110,9 @@ def diagnose(
     for option, asked in (("--prove", prove), ("--direction", direction)):
         if asked and not safety:
             raise UsageError(f"{option}: needs harmful requests that the model refuses; name a file with --safety")
+    unread = [n for n in _OF_THE_PROOF if _is_given(context, n)]
+    if unread and not prove:
+        raise UsageError(f"--{unread[0]}: only the proof reads it; add --prove, or leave it out")
     if prove:
         check_probe(suite, limit, "name a suite file, or none, to ask rows that the diagnosis has not read")
     if before is not None:

@@ -39,6 +39,7 @@ SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resum
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory for time.")]
 Suite = Annotated[str, typer.Option(help="Suite that safety and utility are measured with.")]
+JudgedBy = Annotated[str, typer.Option(help="Judge of the answers: world or keyword. Default: the suite's.")]
 Limit = Annotated[int, typer.Option(help="Measure with at most this many requests of each kind.")]
 Others = Annotated[str, typer.Option(help="Embeddings, norms and head, which are no units: train or freeze.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Also train without protection or budget, for the table.")]
@@ -63,6 +64,7 @@ def finetune(
     base: Annotated[str | None, typer.Option(help="The model before its alignment, for safelora.")] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on MODEL; it is merged first.")] = None,
     suite: Suite = "",
+    judge: JudgedBy = "",
     limit: Limit = 100,
     others: Others = "train",
     steps: Steps = 0,
@@ -167,7 +169,7 @@ def finetune(
         chart=UnitMap.load(units) if units else None,
         safety=taught,
         held_out=[chat for source in held_out or () for chat in load_chats(source)],
-        probe=_probe(suite, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
+        probe=_probe(suite, judge, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
         base=base,
         compare=compare,
         load=loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
@@ -188,6 +190,7 @@ def align(
     held_out: HeldOut = None,
     compare: Compare = False,
     suite: Suite = "",
+    judge: JudgedBy = "",
     limit: Limit = 100,
     others: Others = "freeze",
     steps: Steps = 0,
@@ -262,7 +265,7 @@ def align(
         train=train,
         others=others,  # pyright: ignore[reportArgumentType]
         held_out=[chat for source in held_out or () for chat in load_chats(source)],
-        probe=_probe(suite, limit, (), "--suite", reporter),
+        probe=_probe(suite, judge, limit, (), "--suite", reporter),
         compare=compare,
         load=loader(base, None, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
@@ -289,7 +292,7 @@ def _refuse_unread(context: typer.Context, protect: str) -> None:
     chosen = {name.strip() for name in protect.split(",")}
     for name, readers in _READ_BY.items():
         source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and not chosen & {*readers}:
+        if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") and not chosen & {*readers}:
             option, reader = name.replace("_", "-"), " or ".join(readers)
             raise UsageError(f"--{option}: only {reader} reads it; add that to --protect {protect}, or leave it out")
 
@@ -343,7 +346,7 @@ def _split(sources: Sequence[str], most: int, seed: int):
     return taught, asked
 
 
-def _probe(suite: str, limit: int, harmful, remedy: str, reporter):
+def _probe(suite: str, judge: str, limit: int, harmful, remedy: str, reporter):
     """What safety is measured with: a suite, or harmful requests that no method has seen; else nothing."""
     from keelguard.units.evidence import ProofConfig, make_probe
     from keelguard.units.material import FEWEST
@@ -352,7 +355,7 @@ def _probe(suite: str, limit: int, harmful, remedy: str, reporter):
     if not suite and len(harmful) < FEWEST:
         reporter.note(f"safety is not measured; give {remedy}")
         return None
-    return make_probe(ProofConfig(suite=suite, limit=limit), harmful, ())
+    return make_probe(ProofConfig(suite=suite, judge=judge, limit=limit), harmful, ())
 
 
 def _print_training(result, path: Path) -> None:

@@ -7,7 +7,7 @@ gradients of the activations. Batches that do not fit are halved. Where accelera
 is run once more in the backward pass, so that its weights are there for its own part of it alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 
 from keelguard.batches import batches_by_length, pad
 from keelguard.errors import FailureError, UsageError
+from keelguard.generation import default_batch_size
 from keelguard.models import execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.units.index import Block, UnitIndex
@@ -122,41 +123,68 @@ def attribute(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed:
         mine = mine[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-    waiting = batches_by_length([len(row.ids) for row in mine], batch_size)[::-1]
     with reporter.step(label, len(mine)) as advance, _reading(model, effects), tap(model, index, collector):
-        while waiting:
-            numbers = waiting.pop()
-            try:
-                collector.read(model, [mine[i] for i in numbers], pad_id, last_token)
-            except torch.OutOfMemoryError as error:
-                if len(numbers) == 1:
-                    raise FailureError(
-                        f"attribution: a row of {len(mine[numbers[0]].ids)} tokens does not fit in memory; shorten the "
-                        "data, load the model in bfloat16 (--dtype), or let accelerate spread it (--device auto)"
-                    ) from error
-            else:
-                advance(len(numbers))
-                continue
-            # Not above, where the error still holds the tensors of the batch.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            middle = len(numbers) // 2
-            waiting += [numbers[middle:], numbers[:middle]]
+        _in_batches(mine, batch_size, lambda n, batch: collector.read(model, batch, pad_id, last_token), advance)
     if distributed:
         for part in [*collector.moments, *(collector.effects or [])]:
             part.all_reduce()
+    for part in [*collector.moments, *(collector.effects or [])]:
+        part.cpu()
     return Statistics(collector.moments, collector.effects)
+
+
+def reading_batch(model: Any, asked: int = 0) -> int:
+    """Rows per batch of a pass without generation: what was asked for, or by the size of the model."""
+    return asked or min(64, default_batch_size(model))
+
+
+def _in_batches(
+    rows: Sequence[Row],
+    batch_size: int,
+    read: Callable[[list[int], list[Row]], None],
+    advance: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Read rows, given with their numbers, in batches of similar length; one that does not fit in memory is halved.
+
+    Raises:
+        FailureError: one row alone does not fit.
+    """
+    waiting = batches_by_length([len(row.ids) for row in rows], batch_size)[::-1]
+    while waiting:
+        numbers = waiting.pop()
+        try:
+            read(numbers, [rows[i] for i in numbers])
+        except torch.OutOfMemoryError as error:
+            if len(numbers) == 1:
+                raise FailureError(
+                    f"a row of {len(rows[numbers[0]].ids)} tokens does not fit in memory; shorten the data, load the "
+                    "model in bfloat16 (--dtype), or let accelerate spread it (--device auto)"
+                ) from error
+        else:
+            advance(len(numbers))
+            continue
+        # Not above, where the error still holds the tensors of the batch.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(numbers) // 2
+        waiting += [numbers[middle:], numbers[:middle]]
 
 
 @torch.inference_mode()
 def objectives(model: Any, rows: Sequence[Row], *, batch_size: int = 16, pad_id: int = 0) -> torch.Tensor:
-    """Each row's objective (rows,) float32: `sign` times the mean log-probability of its scored ids."""
+    """Each row's objective (rows,) float32; see `Row`.
+
+    Raises:
+        FailureError: one row alone does not fit in memory.
+    """
     found = torch.zeros(len(rows))
     device = execution_device(model)
-    for numbers in batches_by_length([len(row.ids) for row in rows], batch_size):
-        batch = [rows[i] for i in numbers]
+
+    def read(numbers: list[int], batch: list[Row]) -> None:
         scores, owners = _scored(model, _padded(batch, pad_id, device), batch)
         found[torch.tensor(numbers)] = torch.zeros(len(batch)).index_add_(0, owners.cpu(), scores.cpu())
+
+    _in_batches(rows, batch_size, read)
     return found
 
 

@@ -4,12 +4,13 @@
     found.chart.members("scu")
 
 The run folder keeps the model's own answers and the statistics of its activations. The same command with another
-score, other sizes or a proof added reads those and measures nothing twice.
+score, other sizes or a proof added reads those.
 """
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from keelguard.data import BY_CONVENTION, Columns, hash_file, load_requests
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.judges import JudgeConfig, make_judge
-from keelguard.generation import default_batch_size
+from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, architecture_of, load_model
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Request
 from keelguard.runs import open_run, read_json, versions, write_json
 from keelguard.units import material as materials
-from keelguard.units.attribution import Row, Statistics, attribute, objectives
+from keelguard.units.attribution import Row, Statistics, attribute, objectives, reading_batch
 from keelguard.units.groups import Ranking, Sizes, UnitMap, classify
 from keelguard.units.importance import SCORES, WITHIN_BLOCK, Importance, importance, output_norms, standardise
 from keelguard.units.index import UnitIndex, build_index
@@ -71,6 +72,8 @@ class DiagnoseConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
         if self.groups < len(self.safety):
             raise UsageError(f"--groups {self.groups}: give at least one group for each of {len(self.safety)} files")
+        if self.scan and not self.safety:
+            raise UsageError("--scan: looks for the units that break safety; give harmful requests with --safety")
         if not self.utility:
             raise UsageError("no utility data: name a file of benign requests with --utility")
         Sizes(self.scu, self.ucu, self.ru)
@@ -120,6 +123,20 @@ def diagnose(
         UsageError: the model cannot be mapped or does not refuse, or data or options are unusable.
         FailureError: a row does not fit in memory, or the disk is full.
     """
+    with diagnosing(source, config, out=out, load=load, reporter=reporter) as found:
+        return found
+
+
+@contextmanager
+def diagnosing(
+    source: str,
+    config: DiagnoseConfig,
+    *,
+    out: str | Path,
+    load: Callable[[str], LoadedModel] = load_model,
+    reporter: Reporter = SILENT,
+) -> Iterator[Diagnosis]:
+    """As `diagnose`, with the run folder still locked for what follows, such as a proof."""
     data = _read(config)
     loaded = plain(load(source))
     index = build_index(loaded.model, config.attention)  # pyright: ignore[reportArgumentType]
@@ -128,11 +145,14 @@ def diagnose(
         "data": {use: [hash_file(s, split=config.columns.split) for s in getattr(config, use)] for use in _USES},
         "columns": vars(config.columns),
         **{name: getattr(config, name) for name in _MEASURING},
+        "definition": STATISTICS,
+        "chat_template": sha256_of(loaded.tokenizer.chat_template),
+        "dtype": str(loaded.model.dtype),
         "versions": versions(),
     }
     with open_run(Path(out), "diagnose", settings) as folder:
         clock = _Clock(folder / "cost.json")
-        batch = config.batch_size or min(64, default_batch_size(loaded.model))
+        batch = reading_batch(loaded.model, config.batch_size)
         with clock("own answers"):
             material = materials.prepare(
                 loaded,
@@ -164,7 +184,7 @@ def diagnose(
         chart = _chart(loaded, index, config, raw, material, settings["data"])
         held_out = {use: [r for _, rest in data[use] for r in rest] for use in _USES}
         found = Diagnosis(chart, index, loaded, statistics, norms, material, decision, held_out, folder)
-        if config.scan and config.safety:
+        if config.scan:
             found = _scanned(found, config, reporter)
         from keelguard.units.evidence import stability_of
 
@@ -173,10 +193,13 @@ def diagnose(
         meta = {**found.chart.meta, **evidence, "cost": clock.seconds}
         chart = UnitMap(**{**vars(found.chart), "meta": meta})
         chart.save(folder)
-    return Diagnosis(**{**vars(found), "chart": chart})
+        yield Diagnosis(**{**vars(found), "chart": chart})
 
 
 _USES = ("safety", "utility")
+STATISTICS = 2
+"""Version of what the statistics are: raise it when a pass comes to collect something else."""
+
 _MEASURING = ("attention", "tokens", "scored", "samples", "groups", "max_new_tokens", "seed")
 """Options that the statistics depend on; the others only rank, and may change in the same folder."""
 
@@ -194,6 +217,7 @@ def plain(loaded: LoadedModel) -> LoadedModel:
 def _read(config: DiagnoseConfig) -> dict[str, list[tuple[list[Request], list[Request]]]]:
     """By use, for each file: the requests that are drawn for the diagnosis, and the rest, which it never sees."""
     found: dict[str, list[tuple[list[Request], list[Request]]]] = {}
+    drawn: set[str] = set()
     for use in _USES:
         found[use] = []
         for source in getattr(config, use):
@@ -202,7 +226,12 @@ def _read(config: DiagnoseConfig) -> dict[str, list[tuple[list[Request], list[Re
             # A small file gives half of itself to the proof.
             count = min(config.samples, max(materials.FEWEST, len(requests) // 2))
             found[use].append((requests[:count], requests[count:]))
-    return found
+            drawn |= {sha256_of(list(request.messages)) for request in requests[:count]}
+    # The same request may stand twice in a file, or in two.
+    return {
+        use: [(some, [r for r in rest if sha256_of(list(r.messages)) not in drawn]) for some, rest in parts]
+        for use, parts in found.items()
+    }
 
 
 def _decision_rows(loaded: LoadedModel, material: materials.Material, tokens: int, batch: int) -> list[Row]:
@@ -280,17 +309,24 @@ def _chart(
     return UnitMap(labels, *standard, raw, index.layout, index.attention, loaded.weights_hash, meta)
 
 
+SCANNED = 64
+"""Requests of each kind that a scan asks."""
+
+
 def _scanned(found: Diagnosis, config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     from keelguard.units.scan import scan_sizes
 
     # The sizes are fitted to prompts that the diagnosis has read, so that the proof's stay unseen.
     data = _read(config)
-    limit = 64
+    harmful = [request for some, _ in data["safety"] for request in some][:SCANNED]
+    utility = [request for some, _ in data["utility"] for request in some if request.answer][:SCANNED]
+    if not utility:
+        raise UsageError("--scan: the utility data brings no answers, so that a loss of utility cannot show; add some")
     probe = Probe(
-        harmful=[r for some, _ in data["safety"] for r in some][:limit],
+        harmful=harmful,
         benign=[],
-        utility=[r for some, _ in data["utility"] for r in some if r.answer][:limit],
-        judge=make_judge(JudgeConfig(kind="keyword")),
+        utility=utility,
+        judge=make_judge(JudgeConfig(kind="world" if all(request.secrets for request in harmful) else "keyword")),
         generating=Generating(config.max_new_tokens, config.batch_size, config.seed),
     )
     sizes, steps = scan_sizes(found.loaded, found.index, found.chart, probe, found.folder / "points", reporter)

@@ -12,14 +12,15 @@ from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.audit import AuditConfig, load_suite
 from keelguard.evaluation.judges import JudgeConfig, make_judge
+from keelguard.hashes import sha256_of
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Request
 from keelguard.runs import write_json
 from keelguard.units import stability
-from keelguard.units.attribution import Row, attribute
+from keelguard.units.attribution import Row, attribute, reading_batch
 from keelguard.units.groups import order
 from keelguard.units.importance import SCORES, Importance, importance, standardise
-from keelguard.units.masks import magnitude_mask, random_mask
+from keelguard.units.masks import random_mask, weight_magnitudes
 from keelguard.units.material import FEWEST, ordinary_tokens, random_pair_rows
 from keelguard.units.proof import Probe, Proof, Rule, check_single_units, prove
 
@@ -63,18 +64,36 @@ def prove_diagnosis(
         raise UsageError("--prove: the map was made without --safety, so that there is no safety to prove")
     harmful, benign = (found.held_out[use] for use in ("safety", "utility"))
     probe = make_probe(config, harmful, benign, batch_size=batch_size, seed=seed)
+    _refuse_seen(probe, found)
+    reading = reading_batch(found.loaded.model, batch_size)
     folder = found.folder / "points"
     folder.mkdir(exist_ok=True)
-    sets = {**_groups(found), **_controls(found, config, reporter)}
+    sets = {**_groups(found), **_controls(found, config, reading, reporter)}
     means = None
     if config.ablation == "mean":
         means = [moments.pooled().mean for moments in found.statistics["utility"].moments]
     proof = prove(
         found.loaded, found.index, sets, probe, sorted(config.shares), means=means, folder=folder, reporter=reporter
     )
-    proof = replace(proof, exact=_singles(found, config, reporter) if config.singles else {})
-    write_json(found.folder / "proof.json", {"map": found.chart.digest, **proof.to_json()})
+    proof = replace(proof, exact=_singles(found, config, reading, reporter) if config.singles else {})
+    identity = {"map": found.chart.digest, "labels": sha256_of(found.chart.labels.tolist())}
+    write_json(found.folder / "proof.json", {**identity, **proof.to_json()})
     return proof
+
+
+def _refuse_seen(probe: Probe, found: "Diagnosis") -> None:
+    """Refuse a proof on what the map was made from.
+
+    Raises:
+        UsageError: a suite asks requests that the diagnosis has read.
+    """
+    read = {sha256_of(list(request.messages)) for request in found.material.refused}
+    seen = sum(sha256_of(list(request.messages)) in read for request in probe.harmful)
+    if seen:
+        raise UsageError(
+            f"--suite: {seen} of its {len(probe.harmful)} harmful requests are among those of --safety that made the "
+            "map; give other --safety requests, so that the proof asks what the map has not seen"
+        )
 
 
 def make_probe(
@@ -118,7 +137,7 @@ def _groups(found: "Diagnosis") -> dict[str, Rule]:
     return {group: rule(group) for group in ("SCU", "UCU", "CU", "RU")}
 
 
-def _controls(found: "Diagnosis", config: ProofConfig, reporter: Reporter) -> dict[str, Rule]:
+def _controls(found: "Diagnosis", config: ProofConfig, batch_size: int, reporter: Reporter) -> dict[str, Rule]:
     """Random units, units by weight magnitude, the paper's own score, and the map's score for random tokens."""
     index, total = found.index, len(found.index)
 
@@ -132,7 +151,8 @@ def _controls(found: "Diagnosis", config: ProofConfig, reporter: Reporter) -> di
         return lambda share: random_mask(index, round(share * total), seed)
 
     rules: dict[str, Rule] = {f"random {seed + 1}": by_seed(seed) for seed in range(config.controls)}
-    rules["magnitude"] = lambda share: magnitude_mask(found.loaded.model, index, round(share * total))
+    magnitudes = weight_magnitudes(found.loaded.model, index)
+    rules["magnitude"] = first_of(magnitudes.argsort(descending=True, stable=True))
     blocks = found.chart.blocks
     if found.chart.meta["score"] != PAPERS_SCORE:
         standard = standardise(Importance(**found.chart.raw[PAPERS_SCORE]), PAPERS_SCORE, blocks)
@@ -140,36 +160,36 @@ def _controls(found: "Diagnosis", config: ProofConfig, reporter: Reporter) -> di
     vocabulary = ordinary_tokens(found.loaded.tokenizer)
     for seed in range(config.controls):
         rows = random_pair_rows(found.material, vocabulary, seed)
-        statistics = {**found.statistics, "decision": _attributed(found, rows, f"random pair {seed + 1}", reporter)}
+        pair = _attributed(found, rows, f"random pair {seed + 1}", batch_size, reporter)
+        statistics = {**found.statistics, "decision": pair}
         standard = standardise(importance("decision", index, statistics, found.norms), "decision", blocks)
         rules[f"random pair {seed + 1}"] = first_of(order(*standard, "SCU"))
     return rules
 
 
-def _attributed(found: "Diagnosis", rows: Sequence[Row], label: str, reporter: Reporter) -> Any:
+def _attributed(found: "Diagnosis", rows: Sequence[Row], label: str, batch_size: int, reporter: Reporter) -> Any:
     return attribute(
         found.loaded.model,
         found.index,
         rows,
         groups=found.material.groups,
         effects=True,
-        batch_size=64 if len(found.index) < 100_000 else 8,
+        batch_size=batch_size,
         pad_id=pad_id_of(found.loaded.tokenizer),
         reporter=reporter,
         label=f"attribution: {label}",
     )
 
 
-def _singles(found: "Diagnosis", config: ProofConfig, reporter: Reporter) -> dict[str, Any]:
+def _singles(found: "Diagnosis", config: ProofConfig, batch_size: int, reporter: Reporter) -> dict[str, Any]:
     """Half of the sample from the units of the largest effect, half from all."""
     rows = found.decision[: 2 * 32]
-    statistics = {"decision": _attributed(found, rows, "single units", reporter)}
-    # A prompt's decision is the sum over its two rows, of which the statistics hold the mean.
-    effects = 2 * importance("decision", found.index, statistics, found.norms).safety
+    statistics = {"decision": _attributed(found, rows, "single units", batch_size, reporter)}
+    effects = importance("decision", found.index, statistics, found.norms).safety
     largest = effects.abs().argsort(descending=True)[: config.singles // 2].tolist()
     others = random_mask(found.index, config.singles - len(largest), seed=1).nonzero().flatten().tolist()
     units = list(dict.fromkeys([*largest, *others]))
-    return check_single_units(found.loaded, found.index, effects, rows, units, reporter)
+    return check_single_units(found.loaded, found.index, effects, rows, units, batch_size, reporter)
 
 
 def stability_of(found: "Diagnosis", config: "DiagnoseConfig") -> dict[str, Any]:

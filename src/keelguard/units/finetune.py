@@ -107,10 +107,11 @@ def finetune(
     if "safelora" in config.protect:
         unaligned = parameters_by_name(plain(load(base)).model)
         after = SafeLoraAfter(loaded.model, unaligned, config.safelora)
+    frozen = chosen_units(config.freeze, loaded.model, index, chart) if "freeze" in config.protect else None
     bare = config.protect == ("none",)
     arms = {"unprotected": Arm()} if compare or bare else {}
     if not bare:
-        arms["protected"] = Arm(protections(config, loaded.model, index, chart, refusals), after)
+        arms["protected"] = Arm(protections(config, index, frozen, refusals), after)
     return run_training(
         "finetune",
         loaded,
@@ -120,8 +121,9 @@ def finetune(
         out=out,
         settings={
             **{name: value for name, value in asdict(config).items() if name != "train"},
-            "units": chart.digest if chart else None,
-            "refusals": sha256_of([list(chat) for chat in refusals]),
+            "units": sha256_of(frozen.nonzero().flatten().tolist()) if frozen is not None else None,
+            # Not the refusals: generated anew on another device they may differ by rounding.
+            "safety": sha256_of([list(request.messages) for request in safety]) if needed else None,
             "base": base,
         },
         held_out=held_out,
@@ -131,19 +133,22 @@ def finetune(
 
 
 def protections(
-    config: FinetuneConfig, model: Any, index: UnitIndex, chart: UnitMap | None, refusals: Sequence[Chat]
+    config: FinetuneConfig, index: UnitIndex, frozen: torch.Tensor | None, refusals: Sequence[Chat]
 ) -> list[Method]:
     """The methods of a configuration; `safelora` acts behind the training and is none of them.
 
+    Args:
+        frozen: the units (units,) that `freeze` freezes.
+
     Raises:
-        UsageError: a method lacks the unit map or the refusals that it needs.
+        UsageError: a method lacks the refusals that it needs.
     """
     for name in config.protect:
         if name in _WITH_REFUSALS and not refusals:
             raise UsageError(f"--protect {name}: needs harmful requests that the model refuses; name a --safety file")
     # Lisa numbers the chats that the others leave, and so comes last.
     makers: dict[str, Callable[[], Method]] = {
-        "freeze": lambda: Freeze(index, chosen_units(config.freeze, model, index, chart), config.others),
+        "freeze": lambda: Freeze(index, frozen, config.others),  # pyright: ignore[reportArgumentType]
         "anchor": lambda: Anchor(refusals, config.anchor),
         "project": lambda: Project(refusals, config.project),
         "mix": lambda: Mix(refusals, config.mix),

@@ -124,7 +124,7 @@ class UnitMap:
 
     @property
     def digest(self) -> str:
-        """The hash of the order of the units in every group and of the weights that it describes."""
+        """The hash of the weights and of the order of all units in every group, without the sizes of the groups."""
         ranked = {group: self.ranked(group).tolist() for group in GROUPS}
         return sha256_of([self.weights, ranked])
 
@@ -143,12 +143,24 @@ class UnitMap:
         return order(self.contrast, self.strength, group.upper())
 
     def top(self, group: str, share: float) -> "torch.Tensor":
-        """A mask (units,) of that share of all units, the first in a group's order whatever their label."""
+        """A mask (units,) of that share of all units, the first in a group's order whatever their label.
+
+        Of a map that ranks within blocks, that share of every block. CU has no order of its own, since what matters
+        most to both comes first in SCU and UCU: there only units with its label are taken.
+        """
         import torch
 
-        mask = torch.zeros(len(self), dtype=torch.bool)
-        mask[self.ranked(group)[: round(share * len(self))]] = True
-        return mask
+        ranked = self.ranked(group)
+        if group.upper() == "CU":
+            ranked = ranked[self.members("cu")[ranked]]
+        places = torch.zeros(len(self), dtype=torch.bool)
+        if self.meta.get("ranking") != "layer":
+            places[ranked[: round(share * len(self))]] = True
+            return places
+        block = torch.repeat_interleave(torch.arange(len(self.blocks)), torch.tensor(self.blocks))[ranked]
+        for number, size in enumerate(self.blocks):
+            places[ranked[block == number][: round(share * size)]] = True
+        return places
 
     def select(self, text: str) -> "torch.Tensor":
         """A mask (units,) from words such as "scu,cu:0.06".

@@ -1,7 +1,7 @@
-"""How important every unit is, for safety and for utility: four scores behind one function, pure arithmetic.
+"""How important every unit is, for safety and for utility: four scores behind one function.
 
 - `decision`: for safety the mean effect on log P(refusal) − log P(compliance) where the choice is made, for utility the
-  mean |effect| on the answers.
+  mean |effect| on the log-odds of the answers' tokens (see `attribution.Row`).
 - `taylor`: the mean |effect| on the model's own safe answers, and on the answers to benign requests.
 - `variance`: variance of the activation × squared norm of B's column (the paper's, after FLAP).
 - `wanda`: root mean square of the activation × norm of B's column (Sun et al. 2023, arXiv 2306.11695).
@@ -65,13 +65,14 @@ def importance(
             return torch.zeros(len(index), dtype=torch.float64)
         chosen = weights.get(name)
         if score in ("decision", "taylor"):
-            return _effects(found, signed=name == "decision", weights=chosen)
+            # A prompt's choice is the sum over its two rows, of which the statistics hold the mean.
+            return 2 * _effects(found, True, chosen) if name == "decision" else _effects(found, False, chosen)
         return _activations(found, index, norms, root=score == "wanda", weights=chosen)
 
     return Importance(one("decision" if score == "decision" else "safety"), one("utility"))
 
 
-def _effects(found: Statistics, *, signed: bool, weights: torch.Tensor | None) -> torch.Tensor:
+def _effects(found: Statistics, signed: bool, weights: torch.Tensor | None) -> torch.Tensor:
     assert found.effects is not None
     means = [part.means(weights) for part in found.effects]
     return torch.cat([mean if signed else absolute for mean, absolute in means]).cpu()

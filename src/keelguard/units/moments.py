@@ -83,6 +83,10 @@ class Moments:
                 count = float(other.count[group])
                 self.add(group, count, other.mean[group].to(self.mean), other.m2[group].to(self.m2))
 
+    def cpu(self) -> None:
+        """Move to the CPU, in place: nothing that follows is worth the memory of a GPU."""
+        self.count, self.mean, self.m2 = self.count.cpu(), self.mean.cpu(), self.m2.cpu()
+
     def pooled(self, weights: torch.Tensor | None = None) -> Pooled:
         """All groups together, each as often as its weight (G,) says; once by default."""
         count = self.count if weights is None else self.count * weights.to(self.count)
@@ -127,6 +131,10 @@ class Effects:
         self.examples.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.signed.index_add_(0, groups, effects)
         self.absolute.index_add_(0, groups, effects.abs())
+
+    def cpu(self) -> None:
+        """Move to the CPU, in place."""
+        self.examples, self.signed, self.absolute = self.examples.cpu(), self.signed.cpu(), self.absolute.cpu()
 
     def means(self, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean effect (n,) and mean absolute effect (n,) of an example, groups weighted by (G,)."""

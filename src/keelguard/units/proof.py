@@ -1,6 +1,6 @@
 """Proof by ablation: what happens to safety and utility when units are taken out, beside the controls.
 
-    proof = prove(loaded, index, chart, probe, masks, shares=(0.01, 0.02, 0.05))
+    proof = prove(loaded, index, {"SCU": lambda share: chart.top("SCU", share)}, probe, (0.01, 0.02, 0.05))
 
 A set of units is a name and a rule that gives a mask for a share of all units. Every point is kept in a folder by the
 hash of its mask, so that an interrupted proof goes on and a new ranking measures only what is new.
@@ -27,7 +27,7 @@ from keelguard.records import Exchange, Request, assistant
 from keelguard.runs import read_json, write_json
 from keelguard.stats import Rate
 from keelguard.units.ablation import Mean, ablate
-from keelguard.units.attribution import Row, objectives
+from keelguard.units.attribution import Row, objectives, reading_batch
 from keelguard.units.index import UnitIndex
 
 Rule = Callable[[float], torch.Tensor]
@@ -199,19 +199,20 @@ def measure(loaded: LoadedModel, probe: Probe, share: float = 0.0, units: int = 
         over_refusal=Rate.of([is_refusal(text) for text in answers[split[0] : split[1]]]),
         utility=Rate.of([is_correct(request, text) for request, text in tasks if request.answer]),
         degenerate=Rate.of([is_degenerate(text) for text in answers]),
-        loss=_loss(loaded, probe.utility),
+        loss=_loss(loaded, probe.utility, probe.generating.batch_size),
         broken=broken,
     )
 
 
-def _loss(loaded: LoadedModel, utility: Sequence[Request]) -> float:
+def _loss(loaded: LoadedModel, utility: Sequence[Request], batch_size: int) -> float:
     """Mean over requests of the mean negative log-probability of the reference answer's tokens."""
     chats = [(*request.messages, assistant(request.answer)) for request in utility if request.answer]
     if not chats:
         return 0.0
     encoded = encode_chats(loaded.tokenizer, chats)
     rows = [Row(c.ids[: c.closing.stop], c.response.start, c.closing.stop, 0) for c in encoded]
-    return -float(objectives(loaded.model, rows, batch_size=64).double().mean())
+    found = objectives(loaded.model, rows, batch_size=reading_batch(loaded.model, batch_size))
+    return -float(found.double().mean())
 
 
 def check_single_units(
@@ -220,6 +221,7 @@ def check_single_units(
     effects: torch.Tensor,
     rows: Sequence[Row],
     units: Sequence[int],
+    batch_size: int = 16,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Exact ablation of single units beside their first-order effects on the same rows' objective.
@@ -234,7 +236,7 @@ def check_single_units(
     """
 
     def decision() -> float:
-        return float(objectives(loaded.model, rows, batch_size=64).double().sum()) / (len(rows) / 2)
+        return float(objectives(loaded.model, rows, batch_size=batch_size).double().sum()) / (len(rows) / 2)
 
     whole = decision()
     exact = []

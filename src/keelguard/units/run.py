@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keelguard.errors import UsageError
+from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model
 from keelguard.progress import SILENT, Reporter
 from keelguard.runs import read_json, write_json
-from keelguard.units.diagnose import DiagnoseConfig, Diagnosis, diagnose
+from keelguard.units.diagnose import DiagnoseConfig, Diagnosis, diagnosing
 from keelguard.units.direction import DirectionProbe, probe_direction
 from keelguard.units.evidence import ProofConfig, prove_diagnosis
 from keelguard.units.groups import UnitMap
@@ -52,15 +53,17 @@ def run_diagnosis(
         UsageError: as `diagnose`; or the earlier map does not fit, or there is no safety data to probe or prove with.
     """
     earlier = None if before is None else UnitMap.load(before)
-    found = diagnose(source, config, out=out, load=load, reporter=reporter)
-    transfer = None
-    if earlier is not None:
-        transfer = attribute_transfer(earlier, found.chart)
-        write_json(found.folder / "transfer.json", transfer.to_json())
-    probe = _probe_direction(found, reporter) if direction else None
-    shown = prove_diagnosis(found, proof, batch_size=config.batch_size, reporter=reporter) if proof else _kept(found)
-    report = found.folder / "report.html"
-    write_diagnosis_report(report, found.chart, shown, transfer, probe)
+    with diagnosing(source, config, out=out, load=load, reporter=reporter) as found:
+        transfer = None
+        if earlier is not None:
+            transfer = attribute_transfer(earlier, found.chart)
+            write_json(found.folder / "transfer.json", transfer.to_json())
+        probe = _probe_direction(found, reporter) if direction else None
+        shown = _kept(found)
+        if proof is not None:
+            shown = prove_diagnosis(found, proof, batch_size=config.batch_size, reporter=reporter)
+        report = found.folder / "report.html"
+        write_diagnosis_report(report, found.chart, shown, transfer, probe)
     return DiagnosisRun(found, shown, transfer, probe, report)
 
 
@@ -70,7 +73,8 @@ def _kept(found: Diagnosis) -> Proof | None:
     if not path.exists():
         return None
     data = read_json(path)
-    return Proof.from_json(data) if data.get("map") == found.chart.digest else None
+    same = data.get("map") == found.chart.digest and data.get("labels") == sha256_of(found.chart.labels.tolist())
+    return Proof.from_json(data) if same else None
 
 
 def _probe_direction(found: Diagnosis, reporter: Reporter) -> DirectionProbe:

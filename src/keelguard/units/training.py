@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from keelguard.errors import FailureError, KeelguardError
+from keelguard.errors import FailureError, KeelguardError, UsageError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, save_checkpoint
 from keelguard.progress import SILENT, Reporter
@@ -71,11 +71,12 @@ class Row:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Rows by name, "before" first; `model` is the folder of the new checkpoint and `weights` its hash."""
+    """Rows by name, "before" first; `model` is the folder of the new checkpoint, `weights` its hash, `judge` a name."""
 
     rows: dict[str, Row]
     model: Path
     weights: str
+    judge: str = ""
 
 
 def run_training(
@@ -109,7 +110,7 @@ def run_training(
         "chats": sha256_of([list(chat) for chat in chats]),
         "held_out": sha256_of([list(chat) for chat in held_out]),
         "train": asdict(config),
-        "arms": list(arms),
+        "arms": {name: _described(arm) for name, arm in arms.items()},
         "probe": probe.digest if probe else None,
         **settings,
         "versions": versions(),
@@ -137,24 +138,41 @@ def run_training(
             model = loaded.model if last else copy.deepcopy(loaded.model)
             state = out / f"state-{number}"
             model, trained, seconds = _trained(model, loaded, chats, arm, config, state, reporter, name)
+            if _is_sharded(model) and not last:
+                raise UsageError(
+                    f"{name}: a model that FSDP shards cannot be measured beside another; run without --compare"
+                )
             if last:
                 _save(out / "model", model, loaded, command, config)
+                # The others may end: only the main process has something left to do, and that may take long.
+                _barrier()
                 if is_main() and _is_sharded(model):
-                    model = load_model(out / "model", device="cpu").model
+                    model = load_model(out / "model").model
             row(name, model, trained, seconds)
             _remove_states(out)
             # The next arm needs the memory, and a Trainer holds its optimiser in a circle.
             del model
             gc.collect()
-        _barrier()
-        result = TrainingResult({n: rows[n] for n in (BEFORE, *arms) if n in rows}, out / "model", _hash(out / "model"))
+        kept_rows = {name: rows[name] for name in (BEFORE, *arms) if name in rows}
+        judge = probe.judge.name if probe else ""
+        result = TrainingResult(kept_rows, out / "model", _hash(out / "model"), judge)
         if is_main():
             shown = {name: found.to_json() for name, found in result.rows.items()}
-            head = {"format": "keelguard.training/1", "command": command, "weights": result.weights}
+            head = {"format": "keelguard.training/1", "command": command, "weights": result.weights, "judge": judge}
             write_json(out / f"{command}.json", {**head, "settings": bound, "rows": shown})
         # Of an arm whose row was written just before a kill.
         _remove_states(out)
     return result
+
+
+def _described(arm: Arm) -> dict[str, Any]:
+    """What an arm does, as JSON: its own settings, and its methods with theirs; masks are the caller's to bind."""
+    methods = {type(method).__name__: getattr(method, "config", None) for method in arm.methods}
+    return {
+        "config": None if arm.config is None else asdict(arm.config),
+        "methods": {name: None if found is None else asdict(found) for name, found in methods.items()},
+        "after": type(arm.after).__name__,
+    }
 
 
 def is_main() -> bool:
@@ -276,11 +294,13 @@ def _is_sharded(model: Any) -> bool:
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
-    """The state dict with whole tensors on the CPU; every process must ask."""
-    return {
-        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
-        for name, tensor in model.state_dict().items()
-    }
+    """The state dict with whole tensors, on the CPU of the main process; every process must ask."""
+    found: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if is_main():
+            found[name] = whole.cpu()
+    return found
 
 
 def _barrier() -> None:
@@ -312,7 +332,8 @@ def training_table(result: TrainingResult) -> Any:
         "utility": lambda row: rate_text(row.point and row.point.utility),
         "optimiser holds": lambda row: f"{row.trained:,}" if row.trained else NOTHING,
     }
-    table = Table()
+    weak = " (it counts refusal words: weak evidence)" if result.judge.startswith("keyword") else ""
+    table = Table(caption=f"judged by {legible(result.judge)}{weak}" if result.judge else None)
     table.add_column("", no_wrap=True)
     for name in result.rows:
         table.add_column(Text(legible(name)), justify="right", overflow="fold")
