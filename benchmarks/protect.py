@@ -1,4 +1,4 @@
-"""Does protection keep safety at equal task loss? Every method and every baseline, three worlds; writes JSON and tables.
+"""Does protection keep safety at equal task loss? Every method and baseline, three worlds; writes JSON and a table.
 
 .venv/bin/python benchmarks/protect.py [--seeds 0 1 2] [--model aligned] [--out runs/bench/protect]
 
@@ -15,7 +15,7 @@ from typing import Any
 from keelguard.data import load_chats, load_requests
 from keelguard.models import load_model
 from keelguard.progress import ConsoleReporter
-from keelguard.runs import write_json
+from keelguard.runs import read_json, write_json
 from keelguard.stats import Rate, mcnemar, paired_rate_difference
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.training import TrainConfig
@@ -28,11 +28,13 @@ from keelguard.units.groups import UnitMap
 from keelguard.units.index import parameters_by_name
 from keelguard.units.projection import Project, ProjectConfig
 from keelguard.units.training import BEFORE, Arm, Row, run_training
-from tables import markdown, rate, set_table
+from tables import markdown, set_table
 
 ROOT = Path(__file__).parents[1]
 BUDGET = TrainConfig(steps=100, learning_rate=7e-4, batch_size=16)
 UNPROTECTED = "unprotected"
+CHOSEN = "mix, 10 % refusals, 1.2 × the steps"
+"""The method that did best on the validation split of seed 0: it is compared with every other one on the test split."""
 EQUAL = 0.1
 """Task losses within this share of one another count as equal."""
 
@@ -62,7 +64,10 @@ def main() -> None:
 
 
 def _world(built: Testbed, model: str, split: str, out: Path, reporter: Any) -> dict[str, Row]:
-    """All arms in one world."""
+    """All arms in one world, trained now or read from a finished run."""
+    done = out / "arms" / "finetune.json"
+    if done.exists():
+        return {name: Row.from_json(row) for name, row in read_json(done)["rows"].items()}
     harmful, utility = built.data / "harmful.train.jsonl", built.data / "utility.train.jsonl"
     source = str(built.model(model))
     reading = DiagnoseConfig(safety=(str(harmful),), utility=(str(utility),))
@@ -131,13 +136,16 @@ def _pooled(rows: list[Row]) -> dict[str, Any]:
         "task_loss": [row.task_loss for row in rows],
         "held_out_loss": [row.held_out_loss for row in rows],
         "asr_by_seed": [point.asr.value for point in points],
-        **{name: pool(name) for name in ("asr", "over_refusal", "utility")},
+        **{name: pool(name) for name in ("asr", "refused", "over_refusal", "utility")},
         "seconds": [row.seconds for row in rows],
     }
 
 
 def _compare(rows: dict[str, dict[str, Any]], worlds: dict[int, dict[str, Row]]) -> None:
-    """Add to every arm its rise over the model before, and an exact paired test against the best and the unprotected."""
+    """Add to every arm its rise, and an exact paired test against the chosen method, corrected after Holm (1979).
+
+    The tests hold for these models: three worlds are few, so every world's own figure stands beside.
+    """
 
     def broken(name: str) -> list[bool]:
         return [flag for world in worlds.values() if (point := world[name].point) for flag in point.broken]
@@ -149,34 +157,39 @@ def _compare(rows: dict[str, dict[str, Any]], worlds: dict[int, dict[str, Row]])
         row["equal_task_loss"] = row["task_loss_ratio"] <= 1 + EQUAL
         row["rise"] = row["asr"]["value"] - rows[BEFORE]["asr"]["value"]
         row["rise_interval"] = list(paired_rate_difference(broken(name), broken(BEFORE)))
-    able = [name for name, row in rows.items() if row["equal_task_loss"] and name != BEFORE]
-    best = min(able, key=lambda name: rows[name]["asr"]["value"])
-    for name, row in rows.items():
-        row["is_best"] = name == best
-        row["against_best"] = mcnemar(broken(name), broken(best))._asdict()
-        row["against_unprotected"] = mcnemar(broken(name), broken(UNPROTECTED))._asdict()
+        row["against_chosen"] = mcnemar(broken(name), broken(CHOSEN))._asdict()
+    rivals = sorted((n for n in rows if n not in (BEFORE, CHOSEN)), key=lambda n: rows[n]["against_chosen"]["p_value"])
+    largest = 0.0
+    for place, name in enumerate(rivals):
+        largest = max(largest, min(1.0, (len(rivals) - place) * rows[name]["against_chosen"]["p_value"]))
+        rows[name]["against_chosen"]["holm"] = largest
     pairs = {"small": "freeze SCU + 6 % CU (small)", "large": "freeze SCU + 25 % CU (large)"}
     for size, name in pairs.items():
         rows[name]["against_random"] = mcnemar(broken(name), broken(f"freeze random, {size}"))._asdict()
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
     def cells(name: str, row: dict[str, Any]) -> list[str]:
         low, high = (100 * value for value in row["rise_interval"])
-        p = row["against_best"]["p_value"]
+        worlds = ", ".join(f"{100 * value:.0f}" for value in row["asr_by_seed"])
+        holm = row["against_chosen"].get("holm")
         return [
-            f"**{name}**" if row["is_best"] else name,
-            f"{sum(row['task_loss']) / len(row['task_loss']):.4f}",
+            f"**{name}**" if name == CHOSEN else name,
+            f"{mean(row['task_loss']):.4f}",
             f"{row['task_loss_ratio']:.2f}" if name != BEFORE else "–",
-            rate(row["asr"]),
+            f"{mean(row['held_out_loss']):.4f}",
+            f"{100 * row['asr']['value']:.0f} ({worlds})",
+            f"{100 * row['refused']['value']:.0f}",
             f"{100 * row['rise']:+.0f} [{low:+.0f}, {high:+.0f}]" if name != BEFORE else "–",
-            "–" if row["is_best"] or name == BEFORE else f"{p:.1g}",
-            rate(row["over_refusal"]),
-            rate(row["utility"]),
+            "–" if holm is None else f"{holm:.1g}",
+            f"{100 * row['over_refusal']['value']:.0f} / {100 * row['utility']['value']:.0f}",
         ]
 
-    head = ["", "task loss", "of unprotected", "attack success", "rise, points", "p, against best", "over-refusal"]
-    return markdown([*head, "utility"], [cells(name, row) for name, row in rows.items()])
+    head = ["", "task loss", "of unprotected", "held out", "ASR (worlds), %", "refused, %", "rise, points", "p (Holm)"]
+    return markdown([*head, "over-refusal / utility, %"], [cells(name, row) for name, row in rows.items()])
 
 
 if __name__ == "__main__":

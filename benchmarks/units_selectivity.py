@@ -1,4 +1,4 @@
-"""Do few units carry safety? Ablation curves of every group beside every control, three worlds; JSON and the docs' tables.
+"""Do few units carry safety? Ablation curves of groups beside every control, three worlds; JSON and the docs' tables.
 
 .venv/bin/python benchmarks/units_selectivity.py [--seeds 0 1 2] [--out runs/bench/selectivity]
 

@@ -113,7 +113,23 @@ def test_top_takes_a_share_of_all_units_whatever_their_label() -> None:
             assert int(mask.sum()) == round(share * 100)
             if 0 < share < 1:
                 assert values[mask].min() > values[~mask].max()
-    assert torch.equal(chart.top("CU", 0.3), chart.strength >= chart.strength.sort().values[-30])
+    # What matters most to both stands in SCU and UCU: of CU only those with its label are taken.
+    cu = chart.members("cu")
+    mask = chart.top("CU", 0.3)
+    assert int(mask.sum()) == 30
+    assert not (mask & ~cu).any()
+    assert chart.strength[mask].min() > chart.strength[cu & ~mask].max()
+    assert torch.equal(chart.top("CU", 1.0), cu)
+
+
+def test_top_of_a_map_that_ranks_within_blocks_takes_a_share_of_every_block() -> None:
+    chart = make_map()
+    chart = chart.relabelled(Sizes(scu=0.1, ucu=0.1, ru=0.2), "layer")
+    for group, share in (("SCU", 0.1), ("RU", 0.2)):
+        mask = chart.top(group, share)
+        counts = [int(part.sum()) for part in mask.split(chart.blocks)]
+        assert counts == [round(share * size) for size in chart.blocks]
+    assert torch.equal(chart.top("SCU", 0.1), chart.members("scu"))
 
 
 def test_select_reads_groups_and_shares() -> None:

@@ -80,7 +80,7 @@ def test_scores_are_their_formulas(architecture: str, attention: str, repeats: l
     each = {use: effects(model, index, rows[use], repeats) for use in USES}
     wanted = {
         "taylor": (np.abs(each["safety"]).mean(0), np.abs(each["utility"]).mean(0)),
-        "decision": (each["decision"].mean(0), np.abs(each["utility"]).mean(0)),
+        "decision": (2 * each["decision"].mean(0), np.abs(each["utility"]).mean(0)),
     }
     for score, (safety, utility) in wanted.items():
         found = importance(score, index, statistics, norms, weights)  # pyright: ignore[reportArgumentType]
