@@ -25,7 +25,8 @@ from keelguard.units.protect import protect
 from tables import markdown, set_table
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
+CONFIG: dict[str, Any] = {"vocab_size": 4096, **SIZES}
 ROWS, TOKENS, PROMPT = 32, 128, 48
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "units_cost.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **CONFIG)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     found = {**_attribution(model, options.rounds), **_training(options.rounds)}
     result = {"config": CONFIG, "threads": torch.get_num_threads(), "versions": versions(), "found": found}
     write_json(options.out, result)
@@ -105,11 +106,11 @@ def _attribution(model: Any, rounds: int) -> dict[str, Any]:
 def _training(rounds: int) -> dict[str, Any]:
     def step_of(prepare: Callable[[Any, Any], Any], units_alone: bool = False) -> Step:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **CONFIG)).train()
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG)).train()
         model.requires_grad_(True)
         if units_alone:
             # What a budget leaves alone by default would make the full step look dearer than it is.
-            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for part in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
                 part.requires_grad_(False)
         handle = prepare(model, build_index(model))
         parameters = [p for p in model.parameters() if p.requires_grad]
