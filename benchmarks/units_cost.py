@@ -62,7 +62,8 @@ def main() -> None:
 
 def _paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, float]:
     """Seconds of `second` over seconds of `first`, alternating which goes first."""
-    first(), second()
+    first()
+    second()
     ratios, plain = [], []
     for turn in range(rounds):
         times = {}

@@ -98,7 +98,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "diagnose: a share": (("diagnose", "MODEL", "--utility", "DATA", "--scu", "2"), "--scu 2.0: give a share"),
     "diagnose: samples": (("diagnose", "MODEL", "--utility", "DATA", "--samples", "0"), "--samples 0: give 1 or more"),
     "diagnose: a score": (("diagnose", "MODEL", "--utility", "DATA", "--score", "luck"), "--score luck: unknown"),
-    "diagnose: shares": (("diagnose", "MODEL", "--utility", "DATA", "--shares", "a"), "--shares a: give numbers"),
+    "diagnose: shares": (
+        ("diagnose", "MODEL", "--utility", "DATA", "--safety", "SAFETY", "--prove", "--shares", "a"),
+        "--shares a: give numbers",
+    ),
     "diagnose: nothing to prove": (
         ("diagnose", "MODEL", "--utility", "DATA", "--prove"),
         "--prove: needs harmful requests that the model refuses; name a file with --safety",

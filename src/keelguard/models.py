@@ -51,6 +51,7 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     needs_template: bool = True,
+    with_tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -64,6 +65,7 @@ def load_model(
         allow_pickle: also read pickle weights, which can run the code of whoever made them.
         trust_remote_code: run the Python files that a checkpoint brings.
         needs_template: refuse a tokenizer without a chat template.
+        with_tokenizer: load one at all; False for who only looks at weights. An adapter's is always loaded.
 
     Raises:
         UsageError: the source holds no usable checkpoint, or an option is wrong.
@@ -91,7 +93,10 @@ def load_model(
     spread = device == "auto" and torch.cuda.is_available()
     part = base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(base, adapter), trust_remote_code=trust_remote_code)
+        tokenizer: Any = None
+        if with_tokenizer or adapter is not None:
+            source_of_it = _tokenizer_source(base, adapter)
+            tokenizer = AutoTokenizer.from_pretrained(source_of_it, trust_remote_code=trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             output_loading_info=True,
@@ -114,14 +119,14 @@ def load_model(
         where = "could not be loaded" if Path(part).exists() else "is no folder here and no model of the hub"
         remedy = " Pass --trust-remote-code if you trust who made it." if "trust_remote_code" in str(error) else ""
         raise FailureError(f"{part}: {where}: {_one_line(error)}{remedy}") from error
-    if chat_template is not None:
+    if chat_template is not None and tokenizer is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
-    if needs_template and not tokenizer.chat_template:
+    if tokenizer is not None and needs_template and not tokenizer.chat_template:
         raise UsageError(f"{source}: the tokenizer has no chat template; give one with --chat-template FILE")
     model.train(training)
     if not training:
         model.requires_grad_(False)
-    return LoadedModel(cast("PreTrainedModel", model), tokenizer, str(source), hash_weights(base, adapter))
+    return LoadedModel(cast("PreTrainedModel", model), cast("Any", tokenizer), str(source), hash_weights(base, adapter))
 
 
 def save_checkpoint(

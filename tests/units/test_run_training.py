@@ -352,7 +352,7 @@ def test_a_mistake_in_a_resumed_run_keeps_its_checkpoints(source: Path, tmp_path
     out = tmp_path / "out"
     with pytest.raises(Killed):
         start(source, out, second=Disturb(3, end), names=("second",))
-    with pytest.raises(UsageError, match="holds checkpoints of a run with other methods"):
+    with pytest.raises(UsageError, match="belongs to a run with other settings"):
         start(source, out, second=Refusing(), names=("second",))
     assert (out / "state-0" / "checkpoint-2").is_dir()
     assert (out / "rows" / "before.json").exists()

@@ -21,7 +21,7 @@ from keelguard.cli.options import (
     one,
     testbed_data,
 )
-from keelguard.errors import UsageError
+from keelguard.errors import FailureError, UsageError
 
 _OF_THE_PROOF = ("suite", "judge", "shares", "ablation", "controls", "limit")
 
@@ -160,6 +160,12 @@ def diagnose(
     )
     console = Console()
     console.print(diagnosis_tables(found.diagnosis.chart, found.proof, width=console.width))
+    from keelguard.units.findings import direction_sentences, transfer_sentences
+
+    for sentence in transfer_sentences(found.transfer) if found.transfer else []:
+        typer.echo(sentence)
+    for sentence in direction_sentences(found.probe) if found.probe else []:
+        typer.echo(sentence)
     typer.echo(f"map.safetensors, map.json and the report: {found.report}")
 
 
@@ -190,16 +196,20 @@ def verify(
 
     for part in filter(None, (base, tuned, base_adapter, adapter)):
         check_source(part, allow_pickle)
-    certificate = run(
-        base,
-        tuned,
-        UnitMap.load(units),
-        base_adapter=base_adapter,
-        adapter=adapter,
-        require=require,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        certificate = run(
+            base,
+            tuned,
+            UnitMap.load(units),
+            base_adapter=base_adapter,
+            adapter=adapter,
+            require=require,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+    except FailureError as error:
+        # Exit code 1 says that a unit has moved; a model that does not load says nothing of units.
+        raise UsageError(str(error)) from error
     if out is not None:
         certificate.save(out)
     for line in certificate_lines(certificate):

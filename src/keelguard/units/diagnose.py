@@ -327,7 +327,8 @@ def _scanned(found: Diagnosis, config: DiagnoseConfig, reporter: Reporter) -> Di
         benign=[],
         utility=utility,
         judge=make_judge(JudgeConfig(kind="world" if all(request.secrets for request in harmful) else "keyword")),
-        generating=Generating(config.max_new_tokens, config.batch_size, config.seed),
+        # Harm shows in a whole answer, where a refusal shows in its first words.
+        generating=Generating(max(config.max_new_tokens, 128), config.batch_size, config.seed),
     )
     sizes, steps = scan_sizes(found.loaded, found.index, found.chart, probe, found.folder / "points", reporter)
     chart = found.chart.relabelled(sizes, config.ranking)

@@ -208,7 +208,8 @@ class UnitMap:
             )
         if weights is not None and weights != self.weights:
             raise UsageError(
-                f"the unit map was made for weights {self.weights[:16]}, the model has {weights[:16]}; "
+                f"the unit map was made for weights {self.weights[:16]} ({self.meta.get('model', 'unnamed')}), the "
+                f"model has {weights[:16]}; "
                 "run `keelguard diagnose` on this model, or name the model that the map was made for"
             )
         return self

@@ -144,7 +144,7 @@ def _check_refused(source: str, refused: int, asked: int) -> None:
     if refused < FEWEST:
         raise UsageError(
             f"safety data: the model refuses {refused} requests; at least {FEWEST} refused ones are needed, 128 are "
-            "usual. Give more with --safety, or raise --samples"
+            "usual. Give a larger file with --safety"
         )
 
 

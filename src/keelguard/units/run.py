@@ -53,6 +53,10 @@ def run_diagnosis(
         UsageError: as `diagnose`; or the earlier map does not fit, or there is no safety data to probe or prove with.
     """
     earlier = None if before is None else UnitMap.load(before)
+    for what in ("score", "attention", "ranking"):
+        was = None if earlier is None else earlier.attention if what == "attention" else earlier.meta.get(what)
+        if was is not None and was != getattr(config, what):
+            raise UsageError(f"--before {before}: was made with --{what} {was}, which does not compare with this map's")
     with diagnosing(source, config, out=out, load=load, reporter=reporter) as found:
         transfer = None
         if earlier is not None:

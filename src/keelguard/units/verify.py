@@ -58,7 +58,7 @@ def verify(
         FailureError: a model cannot be loaded.
     """
     wanted = chart.select(require) if require.strip() else torch.zeros(len(chart), dtype=torch.bool)
-    options: dict[str, Any] = {"device": "cpu", "needs_template": False}
+    options: dict[str, Any] = {"device": "cpu", "needs_template": False, "with_tokenizer": False}
     options |= {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     first = load_model(base, adapter=base_adapter, **options)
     models = [_merged(first)]
