@@ -162,11 +162,6 @@ def protect(model: "Module", index: UnitIndex, frozen_mask: torch.Tensor, *, oth
     """
     slices = index.slices(frozen_mask, shared="any")
     _expect_parameters(slices, parameters_by_name(model))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "protect: no weight of the model trains; load it with load_model(…, training=True), or call "
-            "model.requires_grad_(True) first"
-        )
     protection = Protection(model, slices, [])
     if others == "freeze":
         protection._frozen_others += _freeze_others(model, index)
