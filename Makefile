@@ -23,6 +23,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/testbed_seeds.py
 	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/units_selectivity.py
+	$(BIN)/python benchmarks/protect.py
+	$(BIN)/python benchmarks/budget.py
+	$(BIN)/python benchmarks/units_cost.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
