@@ -14,7 +14,7 @@ from keelguard.data import load_chats
 from keelguard.models import load_model
 from keelguard.progress import ConsoleReporter
 from keelguard.runs import write_json
-from keelguard.stats import Rate, mcnemar, paired_rate_difference
+from keelguard.stats import mcnemar, paired_rate_difference
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.training import TrainConfig
 from keelguard.units.align import TrainOnly
@@ -23,6 +23,7 @@ from keelguard.units.evidence import ProofConfig, make_probe
 from keelguard.units.finetune import chosen_units
 from keelguard.units.index import build_index
 from keelguard.units.training import Arm, Row, run_training
+from pooling import broken, pooled
 from tables import markdown, rate, set_table
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +48,10 @@ def main() -> None:
         )
         for seed in options.seeds
     }
-    rows = {name: _pooled([world[name] for world in worlds.values()]) for name in next(iter(worlds.values()))}
+    rows = {name: pooled([world[name] for world in worlds.values()]) for name in next(iter(worlds.values()))}
     for name, row in rows.items():
-        row["against_full"] = mcnemar(_broken(worlds, name), _broken(worlds, FULL))._asdict()
-        row["difference"] = list(paired_rate_difference(_broken(worlds, name), _broken(worlds, FULL)))
+        row["against_full"] = mcnemar(broken(worlds, name), broken(worlds, FULL))._asdict()
+        row["difference"] = list(paired_rate_difference(broken(worlds, name), broken(worlds, FULL)))
     write_json(options.out / f"budget-{options.split}.json", {"seeds": options.seeds, "rows": rows})
     table = markdown(
         ["", "trained numbers", "attack success", "refused", "against every weight, points", "over-refusal", "utility"],
@@ -92,25 +93,6 @@ def _world(built: Testbed, split: str, out: Path, reporter: Any) -> dict[str, Ro
         probe=make_probe(ProofConfig(suite=str(built.suite(split)), limit=128), (), ()),
         reporter=reporter,
     ).rows
-
-
-def _broken(worlds: dict[int, dict[str, Row]], name: str) -> list[bool]:
-    return [flag for world in worlds.values() if (point := world[name].point) for flag in point.broken]
-
-
-def _pooled(rows: list[Row]) -> dict[str, Any]:
-    points = [row.point for row in rows if row.point]
-
-    def pool(name: str) -> dict[str, Any]:
-        rates = [getattr(point, name) for point in points]
-        return Rate(sum(r.count for r in rates), sum(r.total for r in rates)).to_json()
-
-    return {
-        "trained": rows[0].trained,
-        "task_loss": [row.task_loss for row in rows],
-        "seconds": [row.seconds for row in rows],
-        **{name: pool(name) for name in ("asr", "refused", "over_refusal", "utility")},
-    }
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from keelguard.data import load_chats, load_requests
 from keelguard.models import load_model
 from keelguard.progress import ConsoleReporter
 from keelguard.runs import read_json, write_json
-from keelguard.stats import Rate, mcnemar, paired_rate_difference
+from keelguard.stats import mcnemar, paired_rate_difference
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.training import TrainConfig
 from keelguard.units.baselines import Ema, EmaConfig, Lisa, LisaConfig, SafeLoraConfig
@@ -28,6 +28,7 @@ from keelguard.units.groups import UnitMap
 from keelguard.units.index import parameters_by_name
 from keelguard.units.projection import Project, ProjectConfig
 from keelguard.units.training import BEFORE, Arm, Row, run_training
+from pooling import broken, pooled
 from tables import markdown, set_table
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def main() -> None:
         built = build_testbed(seed=seed, only=["base", options.model], reporter=reporter)
         folder = options.out / f"{options.model}-{options.split}-{seed}"
         worlds[seed] = _world(built, options.model, options.split, folder, reporter)
-    rows = {name: _pooled([world[name] for world in worlds.values()]) for name in next(iter(worlds.values()))}
+    rows = {name: pooled([world[name] for world in worlds.values()]) for name in next(iter(worlds.values()))}
     _compare(rows, worlds)
     result = {"model": options.model, "split": options.split, "seeds": options.seeds, "rows": rows}
     write_json(options.out / f"protect-{options.model}-{options.split}.json", result)
@@ -125,30 +126,11 @@ def _arms(model: Any, chart: UnitMap, papers: UnitMap, refusals: Any, base: Path
     }
 
 
-def _pooled(rows: list[Row]) -> dict[str, Any]:
-    points = [row.point for row in rows if row.point]
-
-    def pool(name: str) -> dict[str, Any]:
-        rates = [getattr(point, name) for point in points]
-        return Rate(sum(r.count for r in rates), sum(r.total for r in rates)).to_json()
-
-    return {
-        "task_loss": [row.task_loss for row in rows],
-        "held_out_loss": [row.held_out_loss for row in rows],
-        "asr_by_seed": [point.asr.value for point in points],
-        **{name: pool(name) for name in ("asr", "refused", "over_refusal", "utility")},
-        "seconds": [row.seconds for row in rows],
-    }
-
-
 def _compare(rows: dict[str, dict[str, Any]], worlds: dict[int, dict[str, Row]]) -> None:
     """Add to every arm its rise, and an exact paired test against the chosen method, corrected after Holm (1979).
 
     The tests hold for these models: three worlds are few, so every world's own figure stands beside.
     """
-
-    def broken(name: str) -> list[bool]:
-        return [flag for world in worlds.values() if (point := world[name].point) for flag in point.broken]
 
     plain = rows[UNPROTECTED]["task_loss"]
     for name, row in rows.items():
@@ -156,8 +138,8 @@ def _compare(rows: dict[str, dict[str, Any]], worlds: dict[int, dict[str, Row]])
         row["task_loss_ratio"] = sum(ratios) / len(ratios)
         row["equal_task_loss"] = row["task_loss_ratio"] <= 1 + EQUAL
         row["rise"] = row["asr"]["value"] - rows[BEFORE]["asr"]["value"]
-        row["rise_interval"] = list(paired_rate_difference(broken(name), broken(BEFORE)))
-        row["against_chosen"] = mcnemar(broken(name), broken(CHOSEN))._asdict()
+        row["rise_interval"] = list(paired_rate_difference(broken(worlds, name), broken(worlds, BEFORE)))
+        row["against_chosen"] = mcnemar(broken(worlds, name), broken(worlds, CHOSEN))._asdict()
     rivals = sorted((n for n in rows if n not in (BEFORE, CHOSEN)), key=lambda n: rows[n]["against_chosen"]["p_value"])
     largest = 0.0
     for place, name in enumerate(rivals):
@@ -165,7 +147,7 @@ def _compare(rows: dict[str, dict[str, Any]], worlds: dict[int, dict[str, Row]])
         rows[name]["against_chosen"]["holm"] = largest
     pairs = {"small": "freeze SCU + 6 % CU (small)", "large": "freeze SCU + 25 % CU (large)"}
     for size, name in pairs.items():
-        rows[name]["against_random"] = mcnemar(broken(name), broken(f"freeze random, {size}"))._asdict()
+        rows[name]["against_random"] = mcnemar(broken(worlds, name), broken(worlds, f"freeze random, {size}"))._asdict()
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,7 +1,5 @@
 """`keelguard finetune` and `keelguard align`: training that keeps safety, and alignment inside a budget of units."""
 
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +21,7 @@ from keelguard.cli.options import (
     one,
     testbed_data,
 )
-from keelguard.errors import FailureError, UsageError
+from keelguard.errors import UsageError
 
 Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
@@ -119,7 +117,7 @@ def finetune(
     for part in filter(None, (*resolve_sources(model, adapter), base)):
         check_source(part, allow_pickle)
     if not data:
-        files = _testbed_in_turn(model, "--data FILE, and --safety FILE")
+        files = testbed_data(model, "--data FILE, and --safety FILE")
         taken: dict[str, Any] = {"data": files.data / "finetune-benign.train.jsonl"}
         if not held_out:
             taken["held_out"] = files.data / "finetune-benign.validation.jsonl"
@@ -233,7 +231,7 @@ def align(
     for part in filter(None, resolve_sources(base, None)):
         check_source(part, allow_pickle)
     if not data:
-        files = _testbed_in_turn(base, "--data FILE")
+        files = testbed_data(base, "--data FILE")
         taken: dict[str, Any] = {"data": files.data / "alignment.train.jsonl"}
         if not held_out:
             taken["held_out"] = files.data / "alignment.validation.jsonl"
@@ -308,18 +306,6 @@ def _unless_given(context: typer.Context, *, steps: int, learning_rate: float) -
     return found if "learning_rate" in given else {**found, "learning_rate": learning_rate}
 
 
-def _testbed_in_turn(source: str, remedy: str):
-    """`testbed_data`, for which the processes of one launch take turns: whoever looks at the testbed locks it."""
-    for _ in range(100):
-        try:
-            return testbed_data(source, remedy)
-        except FailureError:
-            if "WORLD_SIZE" not in os.environ:
-                raise
-            time.sleep(0.1)
-    return testbed_data(source, remedy)
-
-
 def _main_reporter():
     """Progress of the main process alone: the others would say the same."""
     from keelguard.progress import SILENT
@@ -330,20 +316,11 @@ def _main_reporter():
 
 def _split(sources: Sequence[str], most: int, seed: int):
     """Harmful requests to hold on to, and others to measure with: those that a diagnosis reads, and those it leaves."""
-    import random
-
     from keelguard.data import load_requests
-    from keelguard.units.material import FEWEST
+    from keelguard.units.material import draw
 
-    taught, asked = [], []
-    for source in sources:
-        requests = load_requests(source)
-        # Files are often sorted by kind.
-        random.Random(f"safety-{seed}").shuffle(requests)
-        count = min(most, max(FEWEST, len(requests) // 2))
-        taught += requests[:count]
-        asked += requests[count:]
-    return taught, asked
+    parts = [draw(load_requests(source), "safety", most, seed) for source in sources]
+    return [r for taken, _ in parts for r in taken], [r for _, rest in parts for r in rest]
 
 
 def _probe(suite: str, judge: str, limit: int, harmful, remedy: str, reporter):

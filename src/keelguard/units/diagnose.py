@@ -7,7 +7,6 @@ The run folder keeps the model's own answers and the statistics of its activatio
 score, other sizes or a proof added reads those.
 """
 
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,11 +221,9 @@ def _read(config: DiagnoseConfig) -> dict[str, list[tuple[list[Request], list[Re
         found[use] = []
         for source in getattr(config, use):
             requests = load_requests(source, columns=config.columns)
-            random.Random(f"{use}-{config.seed}").shuffle(requests)
-            # A small file gives half of itself to the proof.
-            count = min(config.samples, max(materials.FEWEST, len(requests) // 2))
-            found[use].append((requests[:count], requests[count:]))
-            drawn |= {sha256_of(list(request.messages)) for request in requests[:count]}
+            taken, rest = materials.draw(requests, use, config.samples, config.seed)
+            found[use].append((taken, rest))
+            drawn |= {sha256_of(list(request.messages)) for request in taken}
     # The same request may stand twice in a file, or in two.
     return {
         use: [(some, [r for r in rest if sha256_of(list(r.messages)) not in drawn]) for some, rest in parts]
@@ -343,18 +340,9 @@ class _Clock:
         self.path = path
         self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
 
-    def __call__(self, stage: str) -> "_Timing":
-        return _Timing(self, stage)
-
-
-class _Timing:
-    def __init__(self, clock: _Clock, stage: str) -> None:
-        self.clock, self.stage = clock, stage
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            self.clock.seconds.setdefault(self.stage, round(time.monotonic() - self.start, 3))
-            write_json(self.clock.path, self.clock.seconds)
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds.setdefault(stage, round(time.monotonic() - start, 3))
+        write_json(self.path, self.seconds)

@@ -134,6 +134,19 @@ def prepare(
     )
 
 
+def draw(requests: Sequence[Request], use: str, most: int, seed: int) -> tuple[list[Request], list[Request]]:
+    """At most `most` requests at random, and the rest; of a small file half is left for the rest.
+
+    The same draw for a diagnosis and for a fine-tune that holds on to refusals, so that neither is measured on what the
+    other has read.
+    """
+    shuffled = list(requests)
+    # Files are often sorted by kind.
+    random.Random(f"{use}-{seed}").shuffle(shuffled)
+    count = min(most, max(FEWEST, len(shuffled) // 2))
+    return shuffled[:count], shuffled[count:]
+
+
 def _check_refused(source: str, refused: int, asked: int) -> None:
     if refused < asked / 2:
         raise UsageError(
