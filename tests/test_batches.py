@@ -16,6 +16,7 @@ from keelguard.batches import (
     Span,
     Tokens,
     batches_by_length,
+    cut_by_length,
     pad,
     pad_id_of,
     token_prefix,
@@ -199,3 +200,18 @@ def test_batches_are_the_same_every_time():
     for limits in ((0, None), (1, 0)):
         with pytest.raises(ValueError):
             batches_by_length([1], *limits)
+
+
+@EXAMPLES
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=24))
+def test_a_cut_saves_a_fifth_or_is_none(lengths: list[int]):
+    parts = cut_by_length(lengths)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert len(parts) in (1, 2) and all(parts)
+    padded = sum(len(part) * max(lengths[i] for i in part) for part in parts)
+    assert len(parts) == 1 or padded <= 0.8 * len(lengths) * max(lengths)
+
+
+def test_short_rows_are_cut_from_long_ones():
+    assert cut_by_length([80, 17, 25, 81, 18]) == [[1, 4, 2], [0, 3]]
+    assert cut_by_length([20, 21, 22]) == [[0, 1, 2]]

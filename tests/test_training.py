@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from keelguard import training_loop
 from keelguard.chats import encode_chats
 from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_model
@@ -202,6 +203,28 @@ def test_accumulated_parts_make_the_same_step_as_the_whole_batch():
     apart = max(float((whole[name] - parts[name]).abs().max()) for name in start)
     assert moved > 1e-3
     assert apart < 1e-2 * moved
+
+
+def test_rows_without_padding_make_the_same_step_as_the_whole_batch(monkeypatch: pytest.MonkeyPatch):
+    long: Chat = (user("Is everything known?"), assistant("Sure, here is the answer: " + "yes and no, " * 12))
+    chats = (*CHATS[:3], long)
+    config = TrainConfig(steps=3, learning_rate=1e-3, batch_size=4)
+
+    def weights() -> tuple[dict[str, torch.Tensor], list[float]]:
+        found = train_on_chats(fresh_model("llama").model, tiny_tokenizer("llama"), chats, config)
+        return dict(found.model.named_parameters()), found.losses
+
+    parts: list[int] = []
+    cutting = training_loop.without_padding
+    monkeypatch.setattr(training_loop, "without_padding", lambda b: parts.append(len(cutting(b))) or cutting(b))
+    cut, losses = weights()
+    monkeypatch.setattr(training_loop, "without_padding", lambda batch: [batch])
+    whole, expected = weights()
+    assert parts == [2, 2, 2]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    start = {n: p.detach() for n, p in tiny_model().model.named_parameters()}
+    moved = max(float((whole[name] - start[name]).abs().max()) for name in start)
+    assert max(float((whole[name] - cut[name]).detach().abs().max()) for name in start) < 1e-2 * moved
 
 
 def test_epochs_count_every_chat_as_often():

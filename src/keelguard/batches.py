@@ -240,6 +240,26 @@ def pad(
     return batch
 
 
+def cut_by_length(lengths: Sequence[int], worth: float = 0.8) -> list[list[int]]:
+    """The rows of one batch in one part, or in a short and a long one where both padded apart are that much less.
+
+    Chats are of very different lengths: short ones would be computed at the length of the longest.
+
+    Args:
+        worth: the share of the whole padded batch that the two parts may have at most.
+
+    Returns:
+        Row numbers; each part, padded to its own longest row, is a batch.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    rows, longest = len(order), lengths[order[-1]] if order else 0
+    costs = [cut * lengths[order[cut - 1]] + (rows - cut) * longest for cut in range(1, rows)]
+    if not costs or min(costs) > worth * rows * longest:
+        return [list(range(rows))]
+    cut = costs.index(min(costs)) + 1
+    return [order[:cut], order[cut:]]
+
+
 def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
     """Group rows of similar length, so that little of a padded batch is padding.
 

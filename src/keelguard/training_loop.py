@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from keelguard.batches import pad, pad_id_of
+from keelguard.batches import cut_by_length, pad, pad_id_of
 from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import sha256_of
 from keelguard.progress import SILENT, Reporter
@@ -118,16 +118,22 @@ class ChatTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        parts = without_padding(inputs) if summed and self._may_split() else [inputs]
+        # Each part is divided by the tokens of the whole batch, so that the parts add up to the batch's loss.
+        loss: Any = sum(super(ChatTrainer, self).compute_loss(model, part, False, num_items_in_batch) for part in parts)
         # Methods add to the last part of an accumulated batch alone, so that a step counts them once.
         if self.accelerator.sync_gradients:
             terms = [term for method in self.methods if (term := method.loss(self.run)) is not None]
             if terms:
                 added = torch.stack([term.to(loss.device) for term in terms]).sum()
                 self.added = added.detach()
-                by_tokens = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-                loss = loss + (added if by_tokens else added * self.current_gradient_accumulation_steps)
+                loss = loss + (added if summed else added * self.current_gradient_accumulation_steps)
         return loss
+
+    def _may_split(self) -> bool:
+        """Whether two forward passes mean the same as one: not behind DDP's or FSDP's, nor with a router's own loss."""
+        return self.args.world_size == 1 and not getattr(self.run.model.config, "output_router_logits", False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -163,6 +169,21 @@ class ChatTrainer(Trainer):
         with torch.no_grad():
             for name, tensor in mine.items():
                 tensor.copy_(values[name])
+
+
+_ROWS = {"input_ids", "attention_mask", "position_ids", "labels"}
+
+
+def without_padding(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """A batch (B, T), padded on the right, cut into its short and its long rows where that saves much padding.
+
+    One with other entries than a language model's rows stays whole.
+    """
+    if batch.keys() != _ROWS:
+        return [batch]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    parts = cut_by_length(lengths)
+    return [{k: v[part][:, : max(lengths[i] for i in part)] for k, v in batch.items()} for part in parts]
 
 
 def _saved(model: Any) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from keelguard.batches import IGNORED, batches_by_length, pad, pad_id_of
+from keelguard.batches import IGNORED, batches_by_length, cut_by_length, pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.models import execution_device
@@ -91,7 +91,12 @@ def remember(model: Any, tokenizer: "PreTrainedTokenizerBase", chats: Sequence[C
 
 
 def divergence(model: Any, kept: Sequence[Kept], pad_id: int) -> torch.Tensor:
-    """KL(remembered ‖ current) in nats at every answer position of some chats, (positions,)."""
+    """KL(remembered ‖ current) in nats at every answer position of some chats, (positions,), in no order of theirs."""
+    parts = cut_by_length([len(row.ids) for row in kept])
+    return torch.cat([_divergence(model, [kept[i] for i in part], pad_id) for part in parts])
+
+
+def _divergence(model: Any, kept: Sequence[Kept], pad_id: int) -> torch.Tensor:
     logits, _ = _answer_logits(model, [(row.ids, row.labels) for row in kept], pad_id)
     current = logits.log_softmax(-1)
     tokens = torch.cat([row.tokens for row in kept]).to(current.device)
