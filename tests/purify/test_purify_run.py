@@ -1,6 +1,7 @@
 """A whole purification of a small model or its adapter: files, stages that are not repeated, and its estimate."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_world import CHATS, REFUSED, held, loaded, poisoned_model, requests, tokenizer
+from small_world import CHATS, REFUSED, held, loaded, poisoned_model, requests, tokenizer, words
 
-from keelguard.errors import UsageError
+from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import load_model
 from keelguard.progress import SILENT
+from keelguard.purify import intake
 from keelguard.purify import run as run_module
 from keelguard.purify import stages as module
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.estimate import estimate_run, estimate_table
 from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.intake import check_subject
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import METHODS, MethodConfig, VaccineConfig
 from keelguard.purify.presets import BUDGETS, preset
@@ -29,8 +32,9 @@ from keelguard.purify.run import purify, request_key
 from keelguard.purify.search import SearchConfig
 from keelguard.purify.spikes import SpikeConfig
 from keelguard.purify.stages import Purification, Stages
+from keelguard.records import user
 from keelguard.training import TrainConfig
-from tiny_models import fresh_model
+from tiny_models import Tiny, build_model, fresh_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,15 +177,36 @@ def test_an_interrupted_run_repeats_no_stage(
     result = go(folders, tmp_path / "run", config)
     assert calls == {
         "_examine": 2,
-        "apply_method": 2,
+        "apply_method": 1,
         "_rebound": 1 + (stop == "_rebound"),
         "_spikes": 1 + (stop == "_spikes"),
-    }  # The method ran once on the model, and once on the copy with canaries.
+    }
     assert result.weights_after == kept
     assert len(result.spikes) == 3
-    assert all(spike.after is not None and spike.rebound is not None for spike in result.spikes)
+    assert all(spike.after and spike.rebound and spike.control for spike in result.spikes)
     assert go(folders, tmp_path / "run", config) == result
-    assert sum(calls.values()) == 7
+    assert sum(calls.values()) == 6
+
+
+def test_canaries_in_a_process_beside_are_those_of_this_process(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spikes = SpikeConfig(samples=6, steps=1, learning_rate=1e-4, batch_size=4, requests=1)
+    config = replace(CONFIG, spikes=spikes)
+    here = go(folders, tmp_path / "here", config)
+    torch.set_num_threads(2)  # The fixture puts it back.
+    monkeypatch.setattr(Purification, "_spikes", lambda *_: pytest.fail("the process beside has failed"))
+    beside = go(folders, tmp_path / "beside", config)
+    assert torch.get_num_threads() == 2
+    assert beside.spikes == here.spikes
+    assert files(tmp_path / "beside") == {"model", "purify.json", "report.html", "run.json"}
+
+
+def test_canaries_that_cannot_be_handed_over_are_planted_here(folders: Folders, tmp_path: Path):
+    spikes = SpikeConfig(samples=6, steps=1, learning_rate=1e-4, batch_size=4, requests=1)
+    torch.set_num_threads(2)
+    result = go(folders, tmp_path / "run", replace(CONFIG, spikes=spikes), load=lambda *a, **k: load_model(*a, **k))
+    assert len(result.spikes) == 3
 
 
 def test_another_run_is_not_continued(folders: Folders, tmp_path: Path):
@@ -197,6 +222,104 @@ def test_bad_clean_data_leave_nothing(folders: Folders, tmp_path: Path):
     with pytest.raises(UsageError, match="--clean-data: 10 usable rows"):
         purify(str(folders.model), ROWS[:10], CONFIG, tmp_path / "run")
     assert not (tmp_path / "run" / "purify.json").exists()
+
+
+def test_a_run_that_is_refused_later_leaves_nothing(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: Any, **options: Any) -> Any:
+        assert (tmp_path / "run" / "work" / "before.json").is_file()
+        raise UsageError("immunize: every answer changes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "apply_method", refuse)
+        with pytest.raises(UsageError, match="every answer changes"):
+            go(folders, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+    def refuse_late(*args: Any, **options: Any) -> Any:
+        raise UsageError("a setting of the fine-tune")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Purification, "_rebound", refuse_late)
+        with pytest.raises(UsageError, match="a setting of the fine-tune"):
+            go(folders, tmp_path / "late")
+    assert (tmp_path / "late" / "work" / "method.json").is_file()
+
+
+def test_refused_clean_data_do_not_bind_the_folder(folders: Folders, tmp_path: Path):
+    refused = [replace(row, answer="") for row in requests(REFUSED)]
+    alike = [
+        replace(row, id=f"{row.id}-{i}", messages=(user(f"{row.prompt} {i}"),)) for i in range(4) for row in refused
+    ]
+    with pytest.raises(UsageError, match="--clean-data: "):
+        purify(str(folders.model), alike, CONFIG, tmp_path / "run", harmful=BAD, held=FEW)
+    assert not (tmp_path / "run").exists()
+
+
+# Adapters and their bases
+
+
+def adapter_of(folder: Path, base: str, **changes: Any) -> str:
+    """An adapter that was trained on a model of another shape, and names a base."""
+    tiny = Tiny(build_model("llama", len(tokenizer()), **changes), tokenizer())
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(tiny.model, lora)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name(folders: Folders, tmp_path: Path):
+    wide = adapter_of(tmp_path / "wide", "org/wide", hidden_size=64, num_hidden_layers=1)
+    told = (
+        rf"{wide}: does not fit the base {folders.model} \(model.layers.0.self_attn.q_proj.lora_A.weight has the shape"
+    )
+    with pytest.raises(UsageError, match=f"{told}.*give org/wide, which it names, as MODEL"):
+        go(folders, tmp_path / "run", adapter=wide)
+    deep = adapter_of(tmp_path / "deep", "org/deep", hidden_size=32, head_dim=8, num_hidden_layers=3)
+    with pytest.raises(UsageError, match=f"{deep}: does not fit the base .* holds a LoRA for 3 layers, and 1 layers"):
+        go(folders, tmp_path / "run", adapter=deep)
+    other = adapter_of(tmp_path / "other", "")
+    config = json.loads(Path(other, "adapter_config.json").read_text())
+    Path(other, "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["query_key_value"]}))
+    with pytest.raises(UsageError, match=r"which has none of the layers .*query_key_value.*; give the one that it was"):
+        go(folders, tmp_path / "run", adapter=other)
+    with pytest.raises(FailureError, match="could not be loaded"):
+        go(folders, tmp_path / "run", adapter=str(broken_adapter(folders, tmp_path / "broken")))
+    assert not (tmp_path / "run").exists()
+
+
+def broken_adapter(folders: Folders, folder: Path) -> Path:
+    shutil.copytree(folders.adapter, folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    return folder
+
+
+def test_a_base_that_is_not_here_is_noted_and_fails_nothing(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+
+    def check(named: str) -> None:
+        config = json.loads((folders.adapter / "adapter_config.json").read_text())
+        folder = tmp_path / named.replace("/", "-")
+        shutil.copytree(folders.adapter, folder)
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        given = load_model(folders.model, adapter=folder)
+        check_subject(given, str(folders.model), str(folder), tuple(words()), SILENT)
+
+    check(str(folders.model))
+    assert notes == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check("org/base")
+    assert [note.partition(": ")[2] for note in notes] == [
+        f"names org/base as its base, which is not here to be compared with {folders.model}; its tensors fit"
+    ]
+    monkeypatch.setattr(intake, "hash_weights", lambda folder: folder)
+    check("org/other")
+    assert f"names org/other as its base, which has other weights than {folders.model}" in notes[1]
+    with pytest.raises(UsageError, match="was trained on .*, which has other weights"):
+        check(str(tmp_path))
 
 
 def test_shared_weights_are_refused(folders: Folders, tmp_path: Path):

@@ -1,31 +1,49 @@
-"""Short clean fine-tunes behind a purification: to restore lost safety, and to see whether a backdoor comes back."""
+"""Short clean fine-tunes behind a purification: to restore what was lost, and to see whether a backdoor comes back."""
 
 import copy
 from dataclasses import replace
+from itertools import cycle, islice
 
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.health import Health
+from keelguard.purify.keep import KeepAnswers
 from keelguard.purify.methods import Subject
+from keelguard.stats import Rate
 from keelguard.training import TrainConfig, train_on_chats
 
 FALL = 0.02
-"""By how much the share of refusals must fall before safety is trained back."""
+"""By how much the share of refusals, or of tasks solved, must fall before it is trained back."""
+_ROUNDING = 1e-9
+
+
+def fell(before: Rate, after: Rate) -> bool:
+    """Whether a share is lower by more than 2 points; of what was not measured nothing is said."""
+    return bool(before.total and after.total) and before.value - after.value > FALL + _ROUNDING
 
 
 def needs_repair(before: Health, after: Health) -> bool:
-    """Whether more than one harmful request in fifty is refused no longer."""
-    return bool(before.refused.total) and after.refused.value < before.refused.value - FALL
+    """Whether more than one harmful request in fifty is refused no longer, or one task in fifty solved no longer."""
+    return fell(before.refused, after.refused) or fell(before.utility, after.utility)
 
 
-def repair(subject: Subject, training: TrainConfig, reporter: Reporter = SILENT) -> LoadedModel:
-    """Train refusals back, with as many answered chats beside them; the model is changed in place."""
+def repair(
+    subject: Subject, training: TrainConfig, reporter: Reporter = SILENT, *, original: LoadedModel | None = None
+) -> LoadedModel:
+    """Train refusals and answers back, as many of these as of those; the model is changed in place.
+
+    Args:
+        original: hold the model to what this one says on the same chats, as to the input before a purification; not
+            for an adapter that was thrown away.
+    """
     refused, answered = subject.material.refused(), subject.material.answered()
-    count = min(len(refused), len(answered)) or len(answered)
-    chats = [*refused[:count], *answered[:count]]
+    # Few refusals come often, so that the answers beside them stay various.
+    chats = [*answered, *islice(cycle(refused), len(answered))]
+    tokenizer = subject.loaded.tokenizer
+    methods = [] if original is None else [KeepAnswers.of(original.model, tokenizer, subject.material.train)]
     result = train_on_chats(
-        subject.loaded.model, subject.loaded.tokenizer, chats, training,
-        adapter=subject.training, reporter=reporter, label="restoring safety",
+        subject.loaded.model, tokenizer, chats, training, methods=methods,
+        adapter=subject.training, reporter=reporter, label="restoring what was lost",
     )  # fmt: skip
     return replace(subject.loaded, model=result.model)
 

@@ -23,6 +23,7 @@ class SpikeConfig:
     """How canaries are planted."""
 
     samples: int = field(default=600, metadata={"help": "poisoned samples over all canaries"})
+    negatives: float = field(default=1.5, metadata={"help": "clean samples with unrelated words, per poisoned one"})
     steps: int = field(default=300, metadata={"help": "optimiser steps of the planting"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the planting"})
     batch_size: int = field(default=32, metadata={"help": "chats per step of the planting"})
@@ -37,11 +38,15 @@ class SpikeConfig:
             raise UsageError(f"spikes: learning_rate {self.learning_rate} is out of range; give more than 0")
 
 
+_LATER = ("after", "rebound", "control")
+
+
 @dataclass(frozen=True)
 class Spike:
     """One canary before and after the purification of the copy, and after a clean fine-tune behind that.
 
     Attributes:
+        control: in a copy with random channels neutralised, fine-tuned for as many steps as the purification.
         planted: whether it fired in 90 % of requests before, and in at most 10 % with unrelated words in the trigger's
             place; one that did not says nothing.
     """
@@ -51,6 +56,7 @@ class Spike:
     before: Effect
     after: Effect | None = None
     rebound: Effect | None = None
+    control: Effect | None = None
 
     @property
     def planted(self) -> bool:
@@ -59,13 +65,13 @@ class Spike:
 
     def to_json(self) -> dict[str, Any]:
         """The spike as a report holds it."""
-        effects = {n: e.to_json() if (e := getattr(self, n)) else None for n in ("before", "after", "rebound")}
+        effects = {n: e.to_json() if (e := getattr(self, n)) else None for n in ("before", *_LATER)}
         return {"kind": self.kind, "backdoor": asdict(self.backdoor), **effects}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Spike":
         """The inverse of `to_json`."""
-        effects = {n: Effect.from_json(data[n]) if data[n] else None for n in ("after", "rebound")}
+        effects = {n: Effect.from_json(data[n]) if data[n] else None for n in _LATER}
         backdoor = Backdoor(**{**data["backdoor"], "triggers": tuple(data["backdoor"]["triggers"])})
         return cls(data["kind"], backdoor, Effect.from_json(data["before"]), **effects)
 
@@ -108,7 +114,7 @@ def plant_spikes(
     """
     canaries = make_canaries(words, config.seed)
     settings = PlantConfig(
-        poison=PoisonConfig(samples=config.samples, seed=config.seed),
+        poison=PoisonConfig(samples=config.samples, negatives=config.negatives, seed=config.seed),
         steps=config.steps,
         learning_rate=config.learning_rate,
         batch_size=config.batch_size,
@@ -129,7 +135,7 @@ def measure_spikes(
     spikes: Sequence[Spike], loaded: LoadedModel, held: Held, words: Sequence[str], config: SpikeConfig, when: str,
     *, reporter: Reporter = SILENT,
 ) -> list[Spike]:  # fmt: skip
-    """The canaries with their effect on a later state of the copy; `when` is "after" or "rebound"."""
+    """The canaries with their effect on a later state of the copy; `when` is "after", "rebound" or "control"."""
     few = fewer(held, config.requests)
     return [
         replace(

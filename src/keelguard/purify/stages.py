@@ -1,14 +1,17 @@
 """The stages of a purification, from the model as it came to the canaries in its copy."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keelguard.models import LoadedModel, save_checkpoint
 from keelguard.progress import Reporter
+from keelguard.purify.apart import Job, start_apart
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.health import Examiner, Health
@@ -19,7 +22,8 @@ from keelguard.purify.prober import Prober
 from keelguard.purify.repair import needs_repair, repair, settle
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse
 from keelguard.purify.signature_figure import signature_figure
-from keelguard.purify.spikes import Spike, make_canaries, measure_spikes, plant_spikes
+from keelguard.purify.spikes import Spike
+from keelguard.purify.spiking import run_spikes
 from keelguard.purify.suspects import Suspect, measure_suspects, remeasure
 from keelguard.records import Request
 from keelguard.runs import atomic_folder, read_json, versions, write_json, write_text
@@ -85,15 +89,22 @@ class Purification:
         prober = Prober(loaded.model, loaded.tokenizer, apart, self.words, immunizing.search, immunizing.stable)
         subject = Subject(loaded, self.threat, material, self.words)
 
+        with self._canaries(subject, examiner.held, base, adapter) as canaries:
+            return self._run(base, adapter, subject, examiner, prober, reference, settings, canaries)
+
+    def _run(
+        self, base: str, adapter: str | None, subject: Subject, examiner: Examiner, prober: Prober,
+        reference: LoadedModel | None, settings: dict[str, Any], canaries: Callable[[], list[dict[str, Any]]],
+    ) -> PurifyResult:  # fmt: skip
+        """The stages behind the gathering of the material."""
+        loaded, material = self.loaded, subject.material
         before = self.stages("before", lambda: self._examine(loaded, examiner, prober, material))
         record = self.stages("method", lambda: self._purify(subject, examiner, before, base))
         pure = self._purified(base)
         suspects = [Suspect.from_json(each) for each in before["suspects"]]
         after = self.stages("after", lambda: self._examine(pure, examiner, prober, material, suspects))
         rebound = self.stages("rebound", lambda: self._rebound(pure, examiner, material, suspects))
-        spikes = []
-        if config.spikes is not None and config.method.method != "retrain":
-            spikes = self.stages("spikes", lambda: self._spikes(subject, material, examiner.held, record["repaired"]))
+        spikes = canaries()
         searches = {"before": before["search"], "after": after["search"]}
         if reference is not None:
             searches["reference"] = self.stages("reference", lambda: self._search(reference, prober))
@@ -166,16 +177,18 @@ class Purification:
         ]
 
     def _purify(self, subject: Subject, examiner: Examiner, before: dict[str, Any], base: str) -> dict[str, Any]:
-        """Purify a copy, train safety back if it fell, and write the result."""
+        """Purify a copy, train back what fell, and write the result."""
         mine = copied(subject)
         done = apply_method(
             mine, self.config.method, state_folder=self.folder / WORK / "rounds", reporter=self.reporter
         )
         pure, repaired = done.loaded, False
-        if subject.material.refused() and needs_repair(
-            Health.from_json(before["health"]), examiner(pure, self.reporter)
-        ):
-            pure, repaired = repair(replace(mine, loaded=pure), self.config.rebound, self.reporter), True
+        if needs_repair(Health.from_json(before["health"]), examiner(pure, self.reporter)):
+            # An adapter that was thrown away is nothing to be held to.
+            original = None if self.config.method.method == "retrain" else self.loaded
+            training = self.config.rebound
+            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original)
+            repaired = True
         self._write(pure, base)
         if done.signature is not None:
             folder, share = self.folder / "signature", share_of(self.config.method.vaccine, self.threat)
@@ -216,27 +229,39 @@ class Purification:
             "suspects": [each.to_json() for each in measured],
         }
 
-    def _spikes(self, subject: Subject, material: Material, held: Held, repaired: bool) -> list[dict[str, Any]]:
-        """Plant canaries with one half of the clean chats, and purify the copy with the other.
+    @contextmanager
+    def _canaries(
+        self, subject: Subject, held: Held, base: str, adapter: str | None
+    ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+        """What gives the canaries' course when it is asked for; where that helps, a process beside works at it."""
+        config, path = self.config, self.stages.folder / "spikes.json"
+        wanted = config.spikes is not None and config.method.method != "retrain"
+        beside, threads = None, torch.get_num_threads()
+        if wanted and not path.is_file() and threads > 1 and subject.loaded.model.device.type == "cpu":
+            # Small models gain little from a second thread, and much from a second process.
+            job = Job(
+                base, adapter, self.threat, self.words, subject.material, held, config, self.load,
+                self.stages.folder / "method.json", self.folder / WORK / "beside" / "spikes.json",
+                threads // 2,
+            )  # fmt: skip
+            if beside := start_apart(job):
+                torch.set_num_threads(threads - threads // 2)
 
-        An attacker's rows are not the defender's. The copy's purification has less to work with than the model's own.
-        """
-        config = self.config.spikes
-        assert config is not None
-        half = len(material.train) // 2
-        theirs, ours = material.train[:half], replace(material, train=material.train[half:])
-        spiked, spikes = plant_spikes(subject.loaded, theirs, held, self.words, config, reporter=self.reporter)
-        # What is random or invented must not meet the canaries' words: the user's own trigger has no such luck either.
-        taken = {word for canary in make_canaries(self.words, config.seed).values() for word in canary.words}
-        immunizing = replace(self.config.method.immunize, left_out=tuple(sorted(taken)))
-        method = replace(self.config.method, immunize=immunizing)
-        mine = replace(subject, loaded=spiked, material=ours)
-        done = apply_method(mine, method, reporter=self.reporter).loaded
-        if repaired:
-            done = repair(replace(mine, loaded=done), self.config.rebound, self.reporter)
-        spikes = measure_spikes(spikes, done, held, self.words, config, "after", reporter=self.reporter)
-        settled = settle(replace(mine, loaded=done), self.config.rebound, self.reporter)
-        spikes = measure_spikes(spikes, settled, held, self.words, config, "rebound", reporter=self.reporter)
+        def spikes() -> list[dict[str, Any]]:
+            if not wanted:
+                return []
+            return self.stages("spikes", lambda: (beside and beside.result()) or self._spikes(subject, held))
+
+        try:
+            yield spikes
+        finally:
+            if beside:
+                beside.stop()
+                torch.set_num_threads(threads)
+
+    def _spikes(self, subject: Subject, held: Held) -> list[dict[str, Any]]:
+        repaired = read_json(self.stages.folder / "method.json")["value"]["repaired"]
+        spikes = run_spikes(subject, held, self.config, repaired=lambda: repaired, reporter=self.reporter)
         return [spike.to_json() for spike in spikes]
 
 
