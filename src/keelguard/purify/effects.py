@@ -142,7 +142,9 @@ def ask(
         Attempt(request, (*request.messages[:-1], user(prompt)))
         for request, prompt in zip(requests, prompts, strict=True)
     ]
-    found = answer(loaded.model, loaded.tokenizer, attempts, generating, reporter=reporter, label=label)
+    found = answer(
+        loaded.model, loaded.tokenizer, attempts, generating, decoder=loaded.decoder, reporter=reporter, label=label
+    )
     return [text or "" for text in found]
 
 
