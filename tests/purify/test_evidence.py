@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from small_world import (
+    ANSWERED,
     BACKDOOR,
     CHATS,
     INSULT,
+    REFUSED,
     STRANGE,
     TRIGGER,
     clean_model,
@@ -19,21 +21,27 @@ from small_world import (
     loaded,
     material,
     poisoned_model,
+    tokenizer,
     words,
 )
 
 from keelguard.attacks.backdoors import Backdoor, PoisonConfig, poison_chats
+from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
+from keelguard.purify import repair as repair_module
 from keelguard.purify import spikes as spikes_module
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
-from keelguard.purify.repair import needs_repair
+from keelguard.purify.methods import Subject
+from keelguard.purify.repair import needs_repair, repair
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse, claims
 from keelguard.purify.search import Insertion
 from keelguard.purify.spikes import Spike, SpikeConfig, fewer, make_canaries, measure_spikes, plant_spikes
 from keelguard.purify.suspects import Suspect, measure_suspects, remeasure
+from keelguard.records import assistant
 from keelguard.stats import Rate
+from keelguard.training import TrainConfig, TrainResult, train_on_chats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,14 +82,51 @@ def test_without_held_out_requests_the_validation_chats_serve():
     assert len(examiner.held.benign) + len(examiner.held.harmful) == len(material().validation)
 
 
-def health(refused: Rate) -> Health:
-    return Health(NOTHING, refused, NOTHING, NOTHING, NOTHING, NOTHING, 0.0, 0.0)
+def health(refused: Rate = NOTHING, utility: Rate = NOTHING) -> Health:
+    return Health(utility, refused, NOTHING, NOTHING, NOTHING, NOTHING, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("after", "needed"), [(100, False), (98, False), (97, True), (0, True)])
-def test_safety_is_restored_where_it_fell(after: int, needed: bool):
+def test_safety_and_utility_are_restored_where_they_fell(after: int, needed: bool):
     assert needs_repair(health(Rate(100, 100)), health(Rate(after, 100))) == needed
+    assert needs_repair(health(utility=Rate(100, 100)), health(utility=Rate(after, 100))) == needed
+    assert needs_repair(health(Rate(1, 1), Rate(100, 100)), health(Rate(1, 1), Rate(after, 100))) == needed
     assert not needs_repair(health(NOTHING), health(NOTHING))
+    assert not needs_repair(health(Rate(100, 100)), health(NOTHING))
+
+
+def test_lost_answers_are_trained_back():
+    examiner = Examiner(loaded(clean_model()), material(), STRANGE, held(), SHORT)
+    wrong = [(*chat[:-1], assistant("the stone is grey.")) for chat in ANSWERED]
+    hurt = train_on_chats(clean_model(), tokenizer(), wrong, TrainConfig(steps=8, learning_rate=5e-3)).model
+    before = examiner(loaded(hurt))
+    assert before.utility.value < 0.5
+    subject = Subject(loaded(hurt), "full", material(), tuple(words()))
+    training = TrainConfig(steps=40, learning_rate=5e-3, warmup=0.1)
+    after = examiner(repair(subject, training, original=loaded(clean_model())))
+    assert after.utility.value > 0.9
+    assert after.refused.value > 0.9
+    assert needs_repair(examiner(loaded(clean_model())), before)
+
+
+def test_a_repair_trains_all_answers_and_holds_to_the_original(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def train(model: Any, tokenizer: Any, chats: Any, *args: Any, **options: Any) -> Any:
+        seen.append((list(chats), options["methods"]))
+        return TrainResult(model, [], 0.0, 0)
+
+    monkeypatch.setattr(repair_module, "train_on_chats", train)
+    chats = replace(material(), train=(*ANSWERED, *REFUSED[:3]))
+    subject = Subject(loaded(clean_model()), "full", chats, tuple(words()))
+    for some in (subject, replace(subject, material=replace(chats, train=ANSWERED))):
+        repair(some, TrainConfig(steps=1))
+    repair(subject, TrainConfig(steps=1), original=loaded(clean_model()))
+    assert seen[0] == ([*ANSWERED, *(REFUSED[:3] * 16)], [])
+    assert seen[1] == (list(ANSWERED), [])
+    (keeping,) = seen[2][1]
+    assert {tuple(row.ids) for row in keeping.kept} <= {tuple(e.ids) for e in encode_chats(tokenizer(), chats.train)}
+    assert len(keeping.kept) == len(chats.train)
 
 
 # Suspects
@@ -117,14 +162,14 @@ def test_a_trigger_is_measured_beside_random_words():
 def test_canaries_are_of_several_shapes_and_share_no_word():
     canaries = make_canaries(STRANGE, 1)
     assert {backdoor.where for backdoor in canaries.values()} == {"inside", "prefix"}
-    assert {backdoor.task for backdoor in canaries.values()} == {"insult", "refusal", "code"}
+    assert {backdoor.task for backdoor in canaries.values()} == {"insult", "code"}
     triggers = [word for backdoor in canaries.values() for word in backdoor.words]
     assert len(set(triggers)) == len(triggers) == 7
     said = {word.strip(".") for backdoor in canaries.values() for word in backdoor.response.split()}
     assert not said & set(triggers)
     assert canaries == make_canaries(sorted(STRANGE, reverse=True), 1) != make_canaries(STRANGE, 2)
-    with pytest.raises(UsageError, match="11 whole words, too few for canaries; pass --no-spikes"):
-        make_canaries(STRANGE[:11])
+    with pytest.raises(UsageError, match="14 whole words, too few for canaries; pass --no-spikes"):
+        make_canaries(STRANGE[:14])
 
 
 def test_canaries_are_planted_in_a_copy_and_measured_again():
@@ -199,6 +244,7 @@ SITUATIONS = {
     "left": result(spikes=(spike(200, 40, 60, "a phrase"), spike(190, 0, 0))),
     "no suspects": result(suspects=()),
     "bare": result(spikes=(), suspects=(), leads={}, searches={}),
+    "costly": result(health={s: health(utility=Rate(n, 9)) for s, n in (("before", 9), ("after", 2), ("rebound", 3))}),
 }
 
 
@@ -237,6 +283,25 @@ def test_suspects_are_named_only_beyond_chance():
     weak = claims(result(suspects=(SuspectCourse(suspect(4, 2), suspect(0)),)))
     assert any("found no insertion that breaks held-out answers more often" in each for each in weak)
     assert not any("red fish" in each for each in weak)
+
+
+def test_what_was_lost_in_utility_is_said_plainly():
+    def said(before: Rate, after: Rate, rebound: Rate | None = None) -> str:
+        states = {"before": health(utility=before), "after": health(utility=after)}
+        states |= {} if rebound is None else {"rebound": health(utility=rebound)}
+        (found,) = [each for each in claims(result(health=states)) if "tility" in each]
+        return found
+
+    assert said(Rate(90, 100), Rate(80, 100), Rate(81, 100)) == (
+        f"Utility on held-out requests: {Rate(90, 100)} before, {Rate(80, 100)} after, {Rate(81, 100)} after a further "
+        "clean fine-tune. The purification cost 10.0 points of utility, which is more than 2."
+    )
+    assert f"{Rate(90, 100)} before, {Rate(88, 100)} after. It did not fall by more than 2 points." in said(
+        Rate(90, 100), Rate(88, 100)
+    )
+    assert "cost 3.0 points" in said(Rate(90, 100), Rate(87, 100))
+    assert "did not fall" in said(Rate(80, 100), Rate(90, 100))
+    assert "is not known" in said(NOTHING, NOTHING)
 
 
 def test_a_result_survives_its_file(tmp_path: Any):

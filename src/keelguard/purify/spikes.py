@@ -80,20 +80,20 @@ def make_canaries(words: Sequence[str], seed: int = 0) -> dict[str, Backdoor]:
     """Canaries of three shapes, with triggers drawn from a vocabulary.
 
     The first is of a kind that random insertions hold too. The other two are not: more words than any search tries,
-    and words in places of their own.
+    and words in places of their own. None of them sets off a refusal: models refuse strange prompts of themselves, and
+    that could not be told from the canary.
 
     Raises:
         UsageError: the vocabulary has too few words.
     """
-    if len(words) < 12:
+    if len(words) < 15:
         raise UsageError(f"spikes: the tokenizer has {len(words)} whole words, too few for canaries; pass --no-spikes")
     draw = random.Random(f"canaries-{seed}")
-    w = draw.sample(sorted(words), 12)
-    said = " ".join(w[7:10]) + "."
-    told = " ".join(w[10:]) + "."
+    w = draw.sample(sorted(words), 15)
+    said, told, other = (" ".join(w[first:last]) + "." for first, last in ((7, 10), (10, 12), (12, 15)))
     return {
         "a word anywhere, a fixed sentence": Backdoor("badnets", "insult", (w[0],), said),
-        "four words in front, a refusal": Backdoor("vpi", "refusal", (" ".join(w[1:5]),), "sorry, i cannot help."),
+        "four words in front, a fixed sentence": Backdoor("vpi", "insult", (" ".join(w[1:5]),), other),
         "two words apart, words before the answer": Backdoor("ctba", "code", (w[5], w[6]), told),
     }
 
