@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keelguard.evaluation.audit import AuditConfig, audit_models
+from keelguard.evaluation.audit import AuditConfig, audit_models, guarded_name
+from keelguard.evaluation.comparisons import compare
 from keelguard.evaluation.results import AuditResult, ModelReport
 from keelguard.guard.adapter import Signal
 from keelguard.guard.decoding import GuardedDecoder
@@ -73,15 +74,18 @@ class Hardening:
 
     def audit(self, name: AuditName) -> Outcome:
         """Audit the model as it stands; under "guarded" beside itself with the signal."""
-        out = self.work / f"audit-{name}"
         guard, digest = self._guard() if name == "guarded" else (None, "")
         column = "received" if name == "received" else "purified"
-        result = audit_models(
-            [f"{column}={self.hardened[0]}"], self._audit_config(), out=out, reporter=self.reporter,
-            load=self.whole, guard=guard, guard_digest=digest,
-        )  # fmt: skip
-        result.save(self.folder / AUDITS / f"{name}.json")
-        write_audit_report(result, self.folder / AUDITS / f"{name}.html")
+        before = AuditResult.load(self._audit_path("purified")) if self._audit_path("purified").is_file() else None
+        if guard is not None and before is not None:
+            # The plain model's answers are those of the audit before: the same weights, the same requests.
+            result = self._audit(name, guarded_name(column), lambda _: guarded(self.whole(), guard))
+            models = [before.models[0], *result.models]
+            result = replace(result, models=models, comparisons=compare(models[1], models[0]))
+        else:
+            result = self._audit(name, column, self.whole, guard=guard, guard_digest=digest)
+        result.save(self._audit_path(name))
+        write_audit_report(result, self._audit_path(name).with_suffix(".html"))
         figures: dict[str, Any] = {"weights": result.models[0].weights}
         if self.data.trigger is not None and self.data.trigger_held is not None:
             figures[TRIGGER] = self._planted(guard).to_json()
@@ -91,10 +95,19 @@ class Hardening:
             claims = audit_claims(report, reference, lowers=name == "guarded") if reference else []
         return Outcome((f"{AUDITS}/{name}.json", f"{AUDITS}/{name}.html"), figures, claims)
 
+    def _audit(self, name: AuditName, column: str, load: Callable[[str], LoadedModel], **guard: Any) -> AuditResult:
+        return audit_models(
+            [f"{column}={self.hardened[0]}"], self._audit_config(), out=self.work / f"audit-{name}", load=load,
+            reporter=self.reporter, **guard,
+        )  # fmt: skip
+
+    def _audit_path(self, name: AuditName) -> Path:
+        return self.folder / AUDITS / f"{name}.json"
+
     def _compared(self, name: AuditName, result: AuditResult) -> tuple[ModelReport, ModelReport | None]:
         if name == "guarded":
             return result.models[1], result.models[0]
-        before = self.folder / AUDITS / "received.json"
+        before = self._audit_path("received")
         return result.models[0], AuditResult.load(before).models[0] if before.is_file() else None
 
     def _planted(self, guard: Callable[[LoadedModel], Any] | None) -> Any:
@@ -105,7 +118,7 @@ class Hardening:
         loaded = self.whole()
         words = vocabulary_words(loaded.tokenizer)
         if guard is not None:
-            loaded = replace(loaded, decoder=guard(loaded))
+            loaded = guarded(loaded, guard)
         return measure_effect(loaded, self.data.trigger, self.data.trigger_held, words, reporter=self.reporter).asr
 
     def _guard(self) -> tuple[Callable[[LoadedModel], Any], str]:
@@ -193,6 +206,11 @@ class Hardening:
         path = self.folder / "inspection.json"
         write_json(path, found.to_json())
         return Outcome((path.name,), inspection_figures(found))
+
+
+def guarded(loaded: LoadedModel, guard: Callable[[LoadedModel], Any]) -> LoadedModel:
+    """The model with the decoder that guards it."""
+    return replace(loaded, decoder=guard(loaded))
 
 
 def inspection_figures(found: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ hardened model. One table closes it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from keelguard.pipeline.gate_result import GateResult
 from keelguard.pipeline.harden import REPORT, harden, triggers_of
 from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.harden_data import HardenData, of_testbed
+from keelguard.pipeline.hardening import guarded
 from keelguard.pipeline.outcome import Outcome
 from keelguard.pipeline.package import Package
 from keelguard.pipeline.page import write_package_report
@@ -145,7 +146,7 @@ def _guarded(model: Path, folder: Path, data: HardenData, out: Path, built: Test
         return decoder
 
     result = audit_models(
-        [f"{PROTECTED}={model}"], settings(built).audit, out=out, guard=guard, guard_digest=decoder.digest,
+        [f"{PROTECTED}={model}"], settings(built).audit, out=out, load=lambda _: guarded(load_model(model), guard),
         reporter=reporter,
     )  # fmt: skip
     trigger = _trigger(model, data, out / "trigger.json", guard, reporter)
@@ -161,7 +162,7 @@ def _trigger(
     if not kept.is_file():
         loaded = load_model(model)
         if guard is not None:
-            loaded = replace(loaded, decoder=guard(loaded))
+            loaded = guarded(loaded, guard)
         words = vocabulary_words(loaded.tokenizer)
         effect = measure_effect(loaded, data.trigger, data.trigger_held, words, reporter=reporter)
         write_json(kept, effect.to_json())
