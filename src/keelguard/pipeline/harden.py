@@ -105,7 +105,7 @@ def _pack(package: Package, hardening: Hardening) -> Outcome:
         write_json(folder / CERTIFICATE, seal(base, UnitMap.load(package.units), adapter=adapter))
         written.append(CERTIFICATE)
     write_card(package, folder / CARD, triggers=triggers_of(package))
-    write_package_sarif(package, folder / SARIF)
+    write_package_sarif(package, folder / SARIF, triggers=triggers_of(package))
     return Outcome(written)
 
 

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keelguard.evaluation.audit import AuditConfig, audit_models, guarded_name
+from keelguard.evaluation.answers import Generating
+from keelguard.evaluation.audit import AuditConfig, audit_models, guarded_name, load_suite
 from keelguard.evaluation.comparisons import compare
 from keelguard.evaluation.results import AuditResult, ModelReport
 from keelguard.guard.adapter import Signal
@@ -20,6 +21,7 @@ from keelguard.guard.loop import check_fit
 from keelguard.guard.run import run_signal
 from keelguard.models import LoadedModel
 from keelguard.pipeline.claims import audit_claims, diagnosis_claims, purification_claims
+from keelguard.pipeline.guard_cost import guard_cost
 from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.harden_data import HardenData, write_rows
 from keelguard.pipeline.package import ADAPTER, AUDITS, MODEL, PURIFY, SIGNAL, UNITS, AuditName
@@ -89,6 +91,8 @@ class Hardening:
         figures: dict[str, Any] = {"weights": result.models[0].weights}
         if self.data.trigger is not None and self.data.trigger_held is not None:
             figures[TRIGGER] = self._planted(guard).to_json()
+        if guard is not None:
+            figures |= self._cost(guard)
         claims = []
         if name != "received":
             report, reference = self._compared(name, result)
@@ -121,6 +125,12 @@ class Hardening:
             loaded = guarded(loaded, guard)
         return measure_effect(loaded, self.data.trigger, self.data.trigger_held, words, reporter=self.reporter).asr
 
+    def _cost(self, guard: Callable[[LoadedModel], Any]) -> dict[str, float]:
+        """What the signal costs on the audit's harmless requests."""
+        suite, plain_model = load_suite(self._audit_config()), self.whole()
+        settings = Generating(suite.max_new_tokens)
+        return guard_cost(plain_model, guarded(plain_model, guard), suite.benign, settings, self.reporter)
+
     def _guard(self) -> tuple[Callable[[LoadedModel], Any], str]:
         signal = Signal.load(self.folder / SIGNAL)
         decoder = GuardedDecoder(signal)
@@ -151,7 +161,7 @@ class Hardening:
             # A kill between two stages finds it here or there, and whole in either place.
             (out / name).replace(self.folder / name)
         before, after = result.health["before"], result.health["after"]
-        figures: dict[str, Any] = {"weights": result.weights_after, "repaired": str(result.repaired)}
+        figures: dict[str, Any] = {"weights": result.weights_after, "trained back what fell": result.repaired}
         for rate in ("utility", "refused", "over_refusal", "degenerate", "accidental"):
             figures |= {f"{rate}, before": getattr(before, rate).to_json(), rate: getattr(after, rate).to_json()}
         for spike in result.spikes:
@@ -175,7 +185,7 @@ class Hardening:
         figures: dict[str, Any] = {
             "units": len(chart),
             **{f"units, {group}": int(chart.members(group).sum()) for group in ("scu", "ucu", "cu", "ru")},
-            "refused when it was diagnosed": chart.meta["refusal_rate"],
+            "harmful requests refused when it was diagnosed": f"{100 * chart.meta['refusal_rate']:.1f} %",
         }
         kept = ("map.json", "map.safetensors", "proof.json", "report.html")
         return Outcome([f"{UNITS}/{name}" for name in kept], figures, diagnosis_claims(found.proof))
