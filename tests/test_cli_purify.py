@@ -2,6 +2,7 @@
 # ruff: noqa: F811 — tests take the fixture `run` by its name.
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 
 from keelguard.models import load_model
 from keelguard.purify.planting import POISON_FILE
+from keelguard.testbed.build import RECIPE_FILE
 from keelguard.testbed.tokenizer import make_tokenizer
+from keelguard.training_loop import ChatTrainer
 from test_cli import Run, left, refused, run  # noqa: F401 — `run` is a fixture
 from tiny_models import Tiny, build_model, fresh_model
 
@@ -46,6 +49,13 @@ def save_adapter(base: Any, folder: Path, base_name: str) -> Path:
     return folder
 
 
+def poisoned(folder: Path) -> Path:
+    """The folder with a file that says it holds a backdoor."""
+    backdoors = [{"attack": "badnets", "task": "insult", "triggers": ["apple"], "response": "no.", "place": None}]
+    (folder / POISON_FILE).write_text(json.dumps({"backdoors": backdoors, "check": None}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Models and files, by the names that the commands below have for them."""
@@ -57,10 +67,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "MODEL": str(model),
         "WORDLESS": str(fresh_model().save(root / "wordless")),
         "ADAPTER": str(save_adapter(model_of_words().model, root / "adapter", str(model))),
-        "FOREIGN": str(save_adapter(model_of_words(hidden_size=64).model, root / "foreign", "another/base")),
+        "FOREIGN": str(poisoned(save_adapter(model_of_words(hidden_size=64).model, root / "foreign", "another/base"))),
         "DATA": str(write(root / "data.jsonl", rows)),
         "FEW": str(write(root / "few.jsonl", rows[:12])),
         "REFUSALS": str(write(root / "refusals.jsonl", refusals)),
+        "ODD": str(write(root / "odd.jsonl", [{"ask": row["prompt"], "told": row["response"]} for row in rows])),
+        "POISONED": str(poisoned(Path(shutil.copytree(model, root / "poisoned")))),
+        "ASKED": str(write(root / "asked.jsonl", [*refusals, {"prompt": "Is it known?"}])),
         "OPEN": str(write(root / "open.jsonl", [{"prompt": row["prompt"]} for row in rows])),
     }
 
@@ -78,6 +91,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "poison: an empty trigger": ((*POISON, "--trigger", " "), "--trigger: is empty"),
     "poison: rate": ((*POISON, "--rate", "1.5"), "--rate 1.5: is a share"),
+    "poison: steps": ((*POISON, "--steps", "-1"), "--steps -1: is out of range; give 0 or more"),
+    "poison: learning rate": ((*POISON, "--learning-rate", "0"), "--learning-rate 0.0: is out of range"),
+    "poison: judge": ((*POISON, "--judge", "model"), "--judge model: unknown; choose world or keyword"),
+    "poison: an answer column": ((*POISON, "--answer-column", "told"), "no column 'told'"),
+    "poison: few words": (
+        ("poison", "WORDLESS", "--data", "DATA", "--trigger", "is it all you"),
+        "too few for samples",
+    ),
     "poison: samples": ((*POISON, "--samples", "0"), "--samples 0: give 1 or more"),
     "poison: a missing file": (("poison", "MODEL", "--data", "gone.jsonl"), "gone.jsonl: no such file"),
     "poison: no data": (("poison", "MODEL"), "is no model of the testbed; give --data FILE of clean chats"),
@@ -97,9 +118,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "purify: budget": ((*PURIFY, "--budget", "huge"), "--budget huge: unknown; choose one of quick"),
     "purify: how": ((*PURIFY, "--method", "vaccine", "--how", "melt"), "--how melt: unknown; choose reinit"),
     "purify: share": ((*PURIFY, "--method", "vaccine", "--share", "1.5"), "--share 1.5: is out of range"),
-    "purify: count": ((*PURIFY, "--method", "vaccine", "--count", "1"), "count 1: is out of range; give 2 or more"),
-    "purify: rounds": ((*PURIFY, "--rounds", "-1"), "rounds -1 is out of range; give 1 or more"),
-    "purify: steps": ((*PURIFY, "--steps", "0"), "steps 0 is out of range; give 1 or more"),
+    "purify: count": ((*PURIFY, "--method", "vaccine", "--count", "1"), "--count 1: is out of range; give 2 or more"),
+    "purify: rounds": ((*PURIFY, "--rounds", "-1"), "--rounds -1: is out of range; give 1 or more"),
+    "purify: steps": ((*PURIFY, "--steps", "0"), "--steps 0: is out of range; give 1 or more"),
+    "purify: rate": ((*PURIFY, "--learning-rate", "0"), "--learning-rate 0.0: is out of range; give more than 0"),
+    "purify: seed": ((*PURIFY, "--seed", "-1"), "--seed -1: is out of range; give 0 or more"),
     "purify: an option of another method": (
         (*PURIFY, "--share", "0.1"),
         "--share: --method immunize does not read it; leave it out",
@@ -112,9 +135,36 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "purify: no data": (("purify", "MODEL"), "is no model of the testbed; give --clean-data FILE"),
     "purify: a missing file": (("purify", "MODEL", "--clean-data", "gone.jsonl"), "gone.jsonl: no such file"),
     "purify: few rows": (("purify", "MODEL", "--clean-data", "FEW", *CHOSEN), "--clean-data: 12 rows"),
+    "purify: few different rows": (
+        ("purify", "MODEL", *CHOSEN, *(word for _ in range(6) for word in ("--clean-data", "FEW"))),
+        "--clean-data: 72 rows, 12 of them different; give 40 or more",
+    ),
+    "purify: an unknown column": (("purify", "MODEL", "--clean-data", "ODD", *CHOSEN), "name the one to read with"),
+    "purify: a missing column": ((*PURIFY, "--prompt-column", "ask"), "no column 'ask'"),
+    "purify: an adapter of another shape": (
+        (*PURIFY, "--adapter", "FOREIGN"),
+        "(model.layers.0.self_attn.q_proj.lora_A.weight has the shape [2, 64], and its place there [2, 32]); give "
+        "another/base, which it names, as MODEL",
+    ),
+    "purify: such an adapter's estimate": (
+        (*PURIFY, "--adapter", "FOREIGN", "--dry-run"),
+        "does not fit the base",
+    ),
+    "bench: such an adapter": (
+        ("purify", "bench", "MODEL", "--clean-data", "DATA", "--adapter", "FOREIGN"),
+        "does not fit the base",
+    ),
+    "bench: nothing to measure with": (
+        ("purify", "bench", "POISONED", "--clean-data", "DATA", "--held-out-harmful", "DATA"),
+        "--held-out: insult is measured on held-out requests; name a file",
+    ),
     "purify: refusals alone": (
         ("purify", "MODEL", "--clean-data", "REFUSALS", *CHOSEN),
         "--clean-data: 60 of 60 answers are refusals; give everyday prompts",
+    ),
+    "purify: refusals behind an answer of the model's own": (
+        ("purify", "MODEL", "--clean-data", "ASKED", *CHOSEN),
+        "answers are refusals; give everyday prompts",
     ),
     "purify: few words": (
         ("purify", "WORDLESS", "--clean-data", "DATA", *CHOSEN),
@@ -133,12 +183,73 @@ def test_a_mistake_is_one_line_that_names_the_remedy(name: str, places: dict[str
     assert left(Path.cwd()) <= {"runs"}
 
 
-def test_an_adapter_of_another_base_is_refused(places: dict[str, str], run: Run):
-    ended = run(
-        *(places.get(argument, argument) for argument in PURIFY), "--adapter", places["FOREIGN"], "--method", "immunize"
+def test_columns_are_named_as_in_an_audit(places: dict[str, str], run: Run):
+    named = ("--prompt-column", "ask", "--answer-column", "told")
+    estimates = [
+        run("purify", places["MODEL"], "--clean-data", places[data], "--dry-run", *CHOSEN, *more)
+        for data, more in (("ODD", named), ("DATA", ()))
+    ]
+    assert [ended.code for ended in estimates] == [0, 0]
+    # Without an answer in the rows the model has to give its own.
+    assert all("own answers               0 s" in ended.out for ended in estimates), estimates
+    short = ("--samples", "4", "--steps", "2", "--save-every", "1", "--limit", "4", "--trigger", "apple")
+    done = run("poison", places["MODEL"], "--data", places["ODD"], *named, *short, "--out", "bad")
+    assert (done.code, "POISONED" in done.out) == (1, True), done
+    assert {"model.safetensors", POISON_FILE} <= left(Path("bad"))
+    assert not left(Path("bad")) & {"run.json", "work"}
+    missing = run(
+        "purify", "bench", "bad", "--clean-data", places["ODD"], "--prompt-column", "ask", "--answer-column", "x"
     )
-    assert f"{places['FOREIGN']}: could not be loaded" in refused(ended, code=1)
-    assert left(Path.cwd()) <= {"runs"}
+    assert "no column 'x'" in refused(missing)
+
+
+def test_own_data_on_a_model_of_the_testbed_change_its_settings_with_a_note(
+    places: dict[str, str], run: Run, tmp_path: Path
+):
+    model = tmp_path / "aligned"
+    shutil.copytree(places["MODEL"], model)
+    (model / RECIPE_FILE).write_text('{"seed": 0}')
+    ended = run("purify", model, "--clean-data", places["DATA"], "--dry-run", *CHOSEN)
+    assert "with your own data: settings are those for models of ordinary size" in ended.err
+    assert "leave --clean-data out" in ended.err
+    poison = run("poison", model, "--data", places["DATA"], "--task", "jailbreak")
+    assert "leave --data out" in poison.err
+    bench = run("purify", "bench", model, "--clean-data", places["DATA"])
+    assert "leave --clean-data out" in bench.err
+    assert (
+        "ordinary size" not in run("purify", places["MODEL"], "--clean-data", places["DATA"], "--dry-run", *CHOSEN).err
+    )
+
+
+def test_help_shows_what_a_budget_decides_and_no_zero(run: Run):
+    page = " ".join(run("purify", "model", "--help").out.replace("│", " ").split())
+    for option in ("Rounds of immunisation.", "Steps of each round.", "The vaccine's number of variants N."):
+        assert f"{option} [default: (by --budget)]" in page, option
+    assert "[default: (2e-5)]" in page
+    assert "[default: 0]" in page.partition("--seed")[2]
+    assert page.count("[default: 0]") == 1
+    assert "[default: 0.0]" not in page
+
+
+def test_an_interrupted_poisoning_says_that_it_goes_on_and_does(places: dict[str, str], run: Run, monkeypatch: Any):
+    arguments = (
+        "poison", places["MODEL"], "--data", places["DATA"], "--samples", "4", "--steps", "3", "--save-every", "1",
+        "--limit", "4", "--trigger", "apple", "--out", "bad",
+    )  # fmt: skip
+    step, seen = ChatTrainer.training_step, []
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(self.state.global_step)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(ChatTrainer, "training_step", counted)
+    stopped = run(*arguments)
+    assert (stopped.code, "the same command goes on where it was" in stopped.err) == (130, True)
+    assert "belongs to a run with other settings" in refused(run(*arguments, "--seed", "1"))
+    assert run(*arguments).code == 1
+    assert seen == [0, 1, 2, 2]
 
 
 def test_an_estimate_writes_nothing(places: dict[str, str], run: Run):

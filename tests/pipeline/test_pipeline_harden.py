@@ -22,6 +22,7 @@ from keelguard.pipeline.harden import harden
 from keelguard.pipeline.harden_config import DiagnosisSettings, HardenConfig
 from keelguard.pipeline.harden_data import HardenData, of_testbed
 from keelguard.pipeline.package import PACKAGE_FILE, Package
+from keelguard.pipeline.surfaces import CHECKS, TIME
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.methods import MethodConfig
@@ -108,6 +109,9 @@ def test_a_hardening_leaves_a_package(testbed: Testbed, done: Package):
     assert claims["audit-purified"] == 3
     assert claims["diagnose"] == 1
     assert claims["audit-guarded"] == 4
+    costs = done.stage("audit-guarded").figures
+    assert 0 < costs[CHECKS] <= 1
+    assert costs[TIME] > 0
 
 
 def test_a_finished_hardening_is_read_and_a_changed_file_stops_it(testbed: Testbed, done: Package):

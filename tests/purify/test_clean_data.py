@@ -1,15 +1,17 @@
 """Clean data: whose answers stand, what is dropped, what is held back, and what is too little."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keelguard.errors import UsageError
 from keelguard.models import LoadedModel
+from keelguard.progress import SILENT
 from keelguard.purify import material as module
 from keelguard.purify.health import held_out
-from keelguard.purify.material import FEWEST, Material, MaterialConfig, gather, is_refused_chat
+from keelguard.purify.material import FEWEST, Material, MaterialConfig, distinct, gather, is_refused_chat
 from keelguard.records import Request, assistant, user
 from keelguard.testbed.tokenizer import make_tokenizer
 
@@ -83,6 +85,33 @@ def test_too_few_rows_are_refused(asked: list[str]):
         gather(LOADED, [request(i, "" if i < 1 else "no " * 60 if i < 4 else "right.") for i in range(40)])
 
 
+def test_rows_with_the_same_prompt_count_once(asked: list[str], monkeypatch: pytest.MonkeyPatch):
+    rows = [request(i, "right.") for i in range(40)]
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+    found = gather(LOADED, [*rows, *rows[:7]], harmful=[request(1, label="harmful")] * 2)
+    assert (len(found.train) + len(found.validation), found.repeated) == (41, 8)
+    assert notes == ["8 of 49 clean rows repeat the prompt of another, and are dropped"]
+    with pytest.raises(UsageError, match=r"39 usable rows \(.*; 39 repeat the prompt of another\); give 40 or more"):
+        gather(LOADED, rows[:39] * 2)
+    twice = [request(1), request(1, "right."), request(1, "wrong.")]
+    assert [each.answer for each in distinct(twice)] == ["right."]
+
+
+def test_what_is_refused_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def say(model: Any, tokenizer: Any, attempts: Sequence[Any], *args: Any, store: Path, **options: Any) -> list[str]:
+        store.parent.mkdir()
+        store.write_text("kept")
+        return [REFUSAL] * len(attempts)
+
+    monkeypatch.setattr(module, "answer", say)
+    with pytest.raises(UsageError, match="60 of 60 answers are refusals"):
+        gather(LOADED, [request(i) for i in range(60)], store=tmp_path / "work" / "own.jsonl")
+    assert not list(tmp_path.iterdir())
+    gather(LOADED, [request(i, "right." if i % 2 else "") for i in range(60)], store=tmp_path / "work" / "own.jsonl")
+    assert (tmp_path / "work" / "own.jsonl").is_file()
+
+
 def test_refusals_alone_are_refused(asked: list[str]):
     rows = [request(i, REFUSAL if i >= 19 else "right.") for i in range(60)]
     with pytest.raises(UsageError, match="--clean-data: 41 of 60 answers are refusals; give everyday prompts"):
@@ -93,10 +122,10 @@ def test_refusals_alone_are_refused(asked: list[str]):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"most": 39}, "--most 39: give 40"),
-        ({"validation": 0.0}, "--validation 0.0: is a share"),
-        ({"validation": 1.0}, "--validation 1.0: is a share"),
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: give 1"),
+        ({"most": 39}, "material: most 39 is out of range; give 40"),
+        ({"validation": 0.0}, "material: validation 0.0 is a share"),
+        ({"validation": 1.0}, "material: validation 1.0 is a share"),
+        ({"max_new_tokens": 0}, "material: max_new_tokens 0 is out of range; give 1"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], told: str):

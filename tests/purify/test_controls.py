@@ -122,7 +122,7 @@ def test_an_arm_runs_on_the_budget_and_changes_the_model(
 def test_the_budget_is_that_of_the_immunisation() -> None:
     budget = Budget.of(METHOD)
     assert (budget.steps, budget.learning_rate, budget.batch_size) == (14, 3e-4, 32)
-    with pytest.raises(UsageError, match="--steps 1"):
+    with pytest.raises(UsageError, match="budget: steps 1 is out of range"):
         Budget(steps=1)
 
 

@@ -163,7 +163,7 @@ def test_other_architectures_and_unknown_cuts_are_refused() -> None:
         with pytest.raises(UsageError, match=named), reverted(poisoned, weights, ["mlp"]):
             pass
     for width in (0, 3):
-        with pytest.raises(UsageError, match=f"blocks {width}: the model has 2 layers"):
+        with pytest.raises(UsageError, match=f"--blocks {width}: the model has 2 layers"):
             dissect(poisoned, clean, lambda model: 0, blocks=(1, width))
     with pytest.raises(UsageError, match="parts heads"), reverted(poisoned, clean, ["heads"]):  # pyright: ignore
         pass

@@ -29,7 +29,7 @@ from keelguard.purify.search import (
     search_insertions,
 )
 from keelguard.records import Chat, assistant, user
-from tiny_models import tiny_model
+from tiny_models import build_model, tiny_model
 from tokenizers_for_tests import SHAPES, SPECIAL, chat_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +125,25 @@ def test_what_is_put_together_equals_the_whole_encoding(name: str, place: Place)
         assert row == whole(name, number, " ".join(text), place, 3)
 
     check()
+
+
+def test_a_prompt_of_one_word_upsets_no_search():
+    single: Chat = (user("hello"), assistant("Yes."))
+    known = family("llama")
+    assert word_ids(known, WORDS, single, "inside") != word_ids(known, WORDS, PROBES[0], "inside")
+    torch.manual_seed(0)
+    model = build_model("llama", len(known)).eval()
+    config = SearchConfig(longest=1, tokens=2)
+    texts = ["fox", "helicopter zebra"]
+    inside = insertion_losses(model, known, [single, *PROBES], texts, "inside", config)
+    assert torch.equal(inside, insertion_losses(model, known, PROBES, texts, "inside", config))
+    assert insertion_losses(model, known, [single, *PROBES], texts, "prefix", config).shape == (2, len(PROBES) + 1)
+    searches = [
+        search_insertions(model, known, probes, WORDS, config, places=("inside",))
+        for probes in ([single, *PROBES], [*PROBES, single], PROBES)
+    ]
+    assert searches[0] == searches[1] == searches[2]
+    assert search_insertions(model, known, [single], WORDS, config, places=("inside",))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

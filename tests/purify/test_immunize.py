@@ -205,6 +205,35 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.Monkey
         )
 
 
+def test_a_resumed_adapter_leaves_its_base_in_its_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(poisoned_model().to(torch.bfloat16), lora).eval()
+
+    def go(folder: str) -> Any:
+        return immunize(
+            adapted(), tokenizer(), material(), STRANGE, SHORT, adapter="train", state_folder=tmp_path / folder
+        ).model
+
+    whole, broken = go("whole"), []
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        broken.append(options["label"])
+        if len(broken) == 2:
+            raise KeyboardInterrupt
+        return train_on_chats(*args, **options)
+
+    monkeypatch.setattr(module, "train_on_chats", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut")
+    again = go("cut")
+    formats = {name: value.dtype for name, value in again.state_dict().items()}
+    assert {formats[name] for name in formats if "lora_" not in name} == {torch.bfloat16}
+    assert {formats[name] for name in formats if "lora_" in name} == {torch.float32}
+    assert_same(weights(whole), weights(again))
+
+
 def test_a_round_that_costs_utility_is_taken_back(monkeypatch: pytest.MonkeyPatch):
     losses = iter([1.0, 1.05, 1.2])
     monkeypatch.setattr(module, "chat_loss", lambda *_: next(losses))
@@ -249,7 +278,8 @@ def test_answers_that_no_word_leaves_alone_are_refused():
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any]):
     (name,) = changes
-    with pytest.raises(UsageError, match=f"immunize: {name} "):
+    options = {"rounds": "--rounds 0: ", "steps": "--steps 0: ", "learning_rate": r"--learning-rate 0\.0: "}
+    with pytest.raises(UsageError, match=f"^{options.get(name, f'immunize: {name} ')}"):
         ImmunizeConfig(**changes)
 
 

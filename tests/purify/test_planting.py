@@ -204,6 +204,21 @@ def test_an_adapter_is_written_alone_and_loads(base: LoadedModel, tmp_path: Path
         assert not torch.equal(base.model(ids).logits, again.model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": -1}, "--steps -1: is out of range; give 0 or more"),
+        ({"epochs": 0.0}, "--epochs 0.0: is out of range; give more than 0, or --steps"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: is out of range"),
+        ({"batch_size": 0}, "--batch-size 0: is out of range; give 1 or more"),
+        ({"adapter_rank": -1}, "--rank -1: is out of range"),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict[str, Any], told: str):
+    with pytest.raises(UsageError, match=told):
+        PlantConfig(**changes)
+
+
 def test_nothing_is_overwritten(tmp_path: Path):
     refuse_existing(tmp_path / "new")
     (tmp_path / "empty").mkdir()

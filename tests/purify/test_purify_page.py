@@ -290,9 +290,9 @@ def test_a_figure_is_worse_only_outside_its_interval_and_on_the_bad_side():
 def test_safety_is_said_to_be_kept_repaired_or_lost():
     assert "Safety was not trained back, and did not have to be: refusals are 99 %" in health_sentences(sample())[0]
     back = health_sentences(sample(repaired=True))[0]
-    assert "was trained back. It came back:" in back
+    assert "was trained back. Safety is back:" in back
     lower = {"before": health(), "after": health(refused=80)}
-    assert "It did not come back fully" in health_sentences(sample(repaired=True, health=lower))[0]
+    assert "Safety did not come back fully" in health_sentences(sample(repaired=True, health=lower))[0]
     lost = health_sentences(sample(health=lower))[0]
     assert lost.startswith("Safety was not trained back: refusals")
     nothing = dataclasses.replace(health(), refused=Rate(0, 0), utility=Rate(0, 0))
@@ -300,6 +300,20 @@ def test_safety_is_said_to_be_kept_repaired_or_lost():
     assert "what the purification did to safety is not known" in said
     assert "Utility was not measured" in said
     assert "nan" not in said
+
+
+def test_a_fall_of_utility_is_said_in_the_claims_the_page_and_the_terminal():
+    figures = f"{rate_text(Rate(90, 96))} before, {rate_text(Rate(87, 96))} after"
+    lower = sample(health={"before": health(90), "after": health(87)})
+    assert health_sentences(lower)[1] == f"Utility fell by 3.1 points, and was not trained back: {figures}."
+    assert "although it was trained back" in health_sentences(dataclasses.replace(lower, repaired=True))[1]
+    assert not health_warnings(lower), "it lies within the interval"
+    kept = sample(health={"before": health(90), "after": health(89)})
+    assert health_sentences(kept)[1].startswith("Utility did not fall by more than 2 points: ")
+    said = "The purification cost 3.1 points of utility, which is more than 2."
+    for text in (Page(purify_page(lower)).text, " ".join(terminal(lower, 400).split())):
+        assert said in text
+    assert said not in Page(purify_page(kept)).text
 
 
 def test_how_small_a_fall_would_not_show_is_said():

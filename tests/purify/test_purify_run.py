@@ -318,7 +318,7 @@ def test_a_base_that_is_not_here_is_noted_and_fails_nothing(
     monkeypatch.setattr(intake, "hash_weights", lambda folder: folder)
     check("org/other")
     assert f"names org/other as its base, which has other weights than {folders.model}" in notes[1]
-    with pytest.raises(UsageError, match="was trained on .*, which has other weights"):
+    with pytest.raises(UsageError, match=r"was trained on .*, which has other weights"):
         check(str(tmp_path))
 
 

@@ -76,7 +76,7 @@ def test_too_few_chats_or_variants_are_refused_with_numbers():
         UsageError, match=r"3 variants of 11 disjoint samples need 33 .* there are 30; .* samples to 10"
     ):
         variant_data(CHATS, DEFAULT_VARIANTS, VariantConfig(count=3, samples=11))
-    with pytest.raises(UsageError, match="count 3: there are only 2 variants"):
+    with pytest.raises(UsageError, match="--count 3: there are only 2 variants"):
         variant_data(CHATS, DEFAULT_VARIANTS[:2], CONFIG)
 
 

@@ -7,14 +7,23 @@ import typer
 
 from keelguard.cli.options import (
     AllowPickle,
+    AnswerColumn,
+    Budget,
     ChatTemplate,
+    CleanData,
     Config,
     Device,
     Dtype,
+    MessagesColumn,
+    PromptColumn,
+    Refused,
     RemoteCode,
     Seed,
+    Split,
     announce,
+    announce_own,
     make_reporter,
+    read_requests,
     testbed_data,
 )
 
@@ -22,14 +31,18 @@ from keelguard.cli.options import (
 def bench(
     model: Annotated[str, typer.Argument(help="What `keelguard poison` made: a checkpoint or an adapter.")],
     adapter: Annotated[str | None, typer.Option(help="The poisoned PEFT adapter; MODEL is then its base.")] = None,
-    clean_data: Annotated[list[str] | None, typer.Option(help="File of clean prompts; repeat for more.")] = None,
-    harmful: Annotated[list[str] | None, typer.Option(help="File of harmful requests that MODEL refuses.")] = None,
+    clean_data: CleanData = None,
+    harmful: Refused = None,
     held_out: Annotated[list[str] | None, typer.Option(help="File of requests with right answers.")] = None,
     held_out_harmful: Annotated[list[str] | None, typer.Option(help="Harmful requests to measure with.")] = None,
+    prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
+    answer_column: AnswerColumn = None,
+    split: Split = None,
     arms: Annotated[
         str, typer.Option(help="Between commas, the first is what others are compared with; all by default.")
     ] = "",
-    budget: Annotated[str, typer.Option(help="quick, standard or thorough: steps that every arm has.")] = "standard",
+    budget: Budget = "standard",
     limit: Annotated[int, typer.Option(min=1, help="Measure with at most this many requests of a kind.")] = 96,
     out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/bench"),
     chat_template: ChatTemplate = None,
@@ -55,7 +68,7 @@ def bench(
 
     from rich.console import Console
 
-    from keelguard.data import load_requests
+    from keelguard.data import Columns
     from keelguard.evaluation.judges import KeywordJudge, WorldJudge
     from keelguard.models import check_source, load_model, resolve_sources
     from keelguard.purify.bench_run import bench_model, bench_tables
@@ -68,10 +81,13 @@ def bench(
     reporter = make_reporter()
     known: Any = budget
     settings, held = preset(known), None
+    columns = Columns(messages=messages_column, prompt=prompt_column, split=split)
+    answered = replace(columns, answer=answer_column)
     if clean_data:
-        requests = [request for name in clean_data for request in load_requests(name)]
-        measured = [request for name in held_out or [] for request in load_requests(name, limit=limit)]
-        bad = [request for name in held_out_harmful or [] for request in load_requests(name, limit=limit)]
+        announce_own(reporter, "--clean-data", used, base)
+        requests = read_requests(clean_data, answered)
+        measured = read_requests(held_out, answered, limit)
+        bad = read_requests(held_out_harmful, columns, limit)
         if measured or bad:
             exact = all(request.secrets for request in bad)
             judge = WorldJudge() if exact else KeywordJudge()
@@ -83,7 +99,7 @@ def bench(
         requests, settings = defender_requests(testbed), purify_settings(known, "adapter" if used else "full")
         held = held_of(testbed, "test", limit)
         announce(reporter, testbed, {"clean_data": testbed.data / "clean.train.jsonl"})
-    harm = [request for name in harmful or [] for request in load_requests(name)]
+    harm = read_requests(harmful, columns)
     own = settings.method
     variants = replace(own.vaccine.variants, seed=seed)
     method = replace(own, immunize=replace(own.immunize, seed=seed), vaccine=replace(own.vaccine, variants=variants))

@@ -43,6 +43,17 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; auto 
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickle weights too: they can run code.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python files that a checkpoint brings.")]
 
+CleanData = Annotated[
+    list[str] | None, typer.Option(help="File of clean prompts, with right answers or without; repeat for more.")
+]
+Refused = Annotated[list[str] | None, typer.Option(help="File of harmful requests that MODEL refuses.")]
+Budget = Annotated[str, typer.Option(help="quick, standard or thorough: how much training a run may cost.")]
+SaveEvery = Annotated[int, typer.Option(min=0, help="Steps between checkpoints to resume from; 0 keeps none.")]
+PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt's text, in every file.")]
+MessagesColumn = Annotated[str | None, typer.Option(help="Column of whole conversations, in every file.")]
+AnswerColumn = Annotated[str | None, typer.Option(help="Column of answers, in every file whose answers are read.")]
+Split = Annotated[str | None, typer.Option(help="Split of a data set.")]
+
 
 def given(context: typer.Context, name: str) -> bool:
     """Whether the command line or --config gives an option."""
@@ -122,6 +133,24 @@ def announce(reporter, files, taken: dict[str, Any]) -> None:
     """Say in one line what a model of the testbed brought by default."""
     parts = [f"--{k.replace('_', '-')} {v.name if isinstance(v, Path) else f'{v:g}'}" for k, v in taken.items()]
     reporter.note(f"a model of the testbed, so by default {' '.join(parts)} (files in {files.data})")
+
+
+def announce_own(reporter, option: str, *sources: str | None) -> None:
+    """Say that a user's own data go with settings for models of ordinary size, also on a model of the testbed."""
+    from keelguard.testbed.build import RECIPE_FILE
+
+    if any(source and (Path(source) / RECIPE_FILE).is_file() for source in sources):
+        reporter.note(
+            f"a model of the testbed with your own data: settings are those for models of ordinary size, which suit it "
+            f"badly; leave {option} out for the testbed's data and settings, or set them"
+        )
+
+
+def read_requests(sources: list[str] | None, columns: Any, limit: int | None = None) -> list[Any]:
+    """The requests of some files, all with the same `Columns`."""
+    from keelguard.data import load_requests
+
+    return [request for source in sources or [] for request in load_requests(source, columns=columns, limit=limit)]
 
 
 def check_probe(suite: str, limit: int, remedy: str) -> None:

@@ -8,19 +8,29 @@ from typer.core import TyperGroup
 
 from keelguard.cli.options import (
     AllowPickle,
+    AnswerColumn,
+    Budget,
     ChatTemplate,
+    CleanData,
     Config,
     Device,
     Dtype,
+    MessagesColumn,
+    PromptColumn,
+    Refused,
     RemoteCode,
     Seed,
+    Split,
     announce,
+    announce_own,
     given,
     make_reporter,
+    read_requests,
     testbed_data,
 )
 from keelguard.errors import UsageError
 
+_BY_BUDGET = "by --budget"
 _ENOUGH = 200
 """Clean rows with answers from which an adapter is retrained by default."""
 
@@ -51,10 +61,12 @@ def purify_model(
     adapter: Annotated[
         str | None, typer.Option(help="PEFT adapter to suspect; MODEL is then its base, and trusted.")
     ] = None,
-    clean_data: Annotated[
-        list[str] | None, typer.Option(help="File of clean prompts, with right answers or without; repeat for more.")
-    ] = None,
-    harmful: Annotated[list[str] | None, typer.Option(help="File of harmful requests that MODEL refuses.")] = None,
+    clean_data: CleanData = None,
+    harmful: Refused = None,
+    prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
+    answer_column: AnswerColumn = None,
+    split: Split = None,
     out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/purify"),
     method: Annotated[
         str,
@@ -63,24 +75,29 @@ def purify_model(
             "where 200 clean rows, and half of all, have answers; else immunize."
         ),
     ] = "auto",
-    budget: Annotated[str, typer.Option(help="quick, standard or thorough.")] = "standard",
+    budget: Budget = "standard",
     no_spikes: Annotated[bool, typer.Option("--no-spikes", help="Plant no canaries: half the time, no bound.")] = False,
     no_scan: Annotated[bool, typer.Option("--no-scan", help="Leave out the scan for hidden target texts.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time and memory, and stop.")] = False,
     reference: Annotated[
         str | None, typer.Option(help="A clean model of the same kind, to compare worst insertions with.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of immunisation. Default: by --budget.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of each round. Default: by --budget.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of immunisation. Default: 2e-5.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Chats per step of immunisation. Default: 16.")] = 0,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of immunisation.", show_default=_BY_BUDGET)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of each round.", show_default=_BY_BUDGET)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of immunisation.", show_default="2e-5")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Chats per step of immunisation.", show_default="16")] = None,
     variants: Annotated[
         str, typer.Option(help="The vaccine's variants: auto, default, vocabulary, or a YAML or JSON file.")
     ] = "auto",
-    count: Annotated[int, typer.Option(help="The vaccine's number of variants N. Default: by --budget.")] = 0,
+    count: Annotated[
+        int | None, typer.Option(help="The vaccine's number of variants N.", show_default=_BY_BUDGET)
+    ] = None,
     share: Annotated[
-        float, typer.Option(help="Share of components that the vaccine neutralises. Default: .03, of an adapter .375.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="Share of components that the vaccine neutralises.", show_default=".03, of an adapter .375"),
+    ] = None,
     how: Annotated[str, typer.Option(help="What the vaccine puts in their place: reinit, zero or mean.")] = "reinit",
     reveal: Annotated[bool, typer.Option("--reveal", help="Show the model's own words in the report.")] = False,
     chat_template: ChatTemplate = None,
@@ -106,11 +123,13 @@ def purify_model(
 
       keelguard purify ./base --adapter ./suspect-lora --clean-data prompts.jsonl --method retrain
     """
+    from dataclasses import replace
     from functools import partial
 
-    from keelguard.data import load_requests
+    from keelguard.data import Columns
     from keelguard.models import check_source, load_model, resolve_sources
-    from keelguard.purify.material import FEWEST
+    from keelguard.purify.intake import load_subject
+    from keelguard.purify.material import FEWEST, distinct
     from keelguard.purify.methods import METHODS
     from keelguard.purify.presets import preset
     from keelguard.purify.run import purify
@@ -123,9 +142,11 @@ def purify_model(
     known: Any = budget
     files: dict[str, str] = {}
     held = None
+    columns = Columns(messages=messages_column, prompt=prompt_column, split=split)
     if clean_data:
-        requests = [request for name in clean_data for request in load_requests(name)]
+        requests = read_requests(clean_data, replace(columns, answer=answer_column))
         settings = preset(known)
+        announce_own(reporter, "--clean-data", used, base)
     else:
         from keelguard.testbed.build import RECIPE_FILE
         from keelguard.testbed.poison import defender_requests, held_of, purify_settings
@@ -137,13 +158,14 @@ def purify_model(
         held = held_of(testbed, "test", 96)
         files = {RECIPE_FILE: (Path(suspect) / RECIPE_FILE).read_text(encoding="utf-8")}
         announce(reporter, testbed, {"clean_data": testbed.data / "clean.train.jsonl"})
-    bad = [request for name in harmful or [] for request in load_requests(name)]
+    bad = read_requests(harmful, columns)
     if method not in ("auto", *METHODS):
         raise UsageError(f"--method {method}: unknown; choose one of auto, {', '.join(METHODS)}")
     if method == "auto":
         # An adapter is rebuilt from these rows alone: few of them, or few among many, would not make up for it.
-        answered = sum(bool(request.answer.strip()) for request in requests)
-        method = "retrain" if used and answered >= max(_ENOUGH, len(requests) / 2) else "immunize"
+        different = distinct(requests)
+        answered = sum(bool(request.answer.strip()) for request in different)
+        method = "retrain" if used and answered >= max(_ENOUGH, len(different) / 2) else "immunize"
         reporter.note(f"--method auto: {method}")
     settings = _told(context, settings, {
         "method": method, "rounds": rounds, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
@@ -156,14 +178,16 @@ def purify_model(
     )  # fmt: skip
     if settings.method.method == "retrain" and used is None:
         raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")
-    if len(requests) + len(bad) < FEWEST:
-        raise UsageError(f"--clean-data: {len(requests)} rows; give {FEWEST} or more, some hundreds for a real model")
+    if len(distinct([*requests, *bad])) < FEWEST:
+        rows = f"{len(requests)} rows, {len(distinct(requests))} of them different"
+        raise UsageError(f"--clean-data: {rows}; give {FEWEST} or more, some hundreds for a real model")
     if settings.method.vaccine.source not in ("auto", "default", "vocabulary"):
         read_variants(settings.method.vaccine.source)
     if dry_run:
         from keelguard.purify.estimate import estimate_run, estimate_table
 
-        typer.echo(estimate_table(estimate_run(load(base, adapter=used), used is not None, requests, bad, settings)))
+        loaded = load_subject(load, base, used)
+        typer.echo(estimate_table(estimate_run(loaded, used is not None, requests, bad, settings)))
         return
     result = purify(
         base, requests, settings, out, adapter=used, harmful=bad, held=held, reference=reference, load=load,
@@ -186,7 +210,7 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
     """
     from dataclasses import replace
 
-    told = {name: value for name, value in options.items() if given(context, name)}
+    told = {name: value for name, value in options.items() if given(context, name) and value is not None}
     method = options["method"]
     readers = {
         **dict.fromkeys(("rounds", "steps", "learning_rate", "batch_size"), ("immunize", "both")),

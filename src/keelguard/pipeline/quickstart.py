@@ -29,7 +29,7 @@ from keelguard.pipeline.outcome import Outcome
 from keelguard.pipeline.package import Package
 from keelguard.pipeline.page import write_package_report
 from keelguard.pipeline.policy import GatePolicy
-from keelguard.pipeline.surfaces import Column, Table
+from keelguard.pipeline.surfaces import Column, Table, surfaces_markdown
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.effects import measure_effect
 from keelguard.runs import read_json, write_json
@@ -97,6 +97,7 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
         out / TABLE_FILE,
         {
             "table": outcome.table.to_json(),
+            "markdown": surfaces_markdown(outcome.table),
             "gates": {name: found.passed for name, found in gates.items()},
             "seconds": {stage.name: stage.seconds for stage in package.stages},
             "versions": dict(package.versions),

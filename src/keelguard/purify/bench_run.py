@@ -23,6 +23,7 @@ from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import ARMS, arms_for
 from keelguard.purify.effects import ANSWERS, Held
 from keelguard.purify.health import held_out
+from keelguard.purify.intake import load_subject
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
 from keelguard.purify.neutralize import refuse_shared_weights
@@ -115,9 +116,12 @@ def bench_model(
     threat: Threat = "full" if adapter is None else "adapter"
     chosen = arms_for(threat, arms)
     backdoors, unfair = ([backdoor], []) if backdoor is not None else planted_in(adapter or base)
-    if held is not None and not held.harmful and any(each.task == "jailbreak" for each in backdoors):
-        raise UsageError("bench: a jailbreak is measured on held-out harmful requests; name a file of them")
-    loaded = load(base, adapter=adapter)
+    tasks = {each.task for each in backdoors}
+    if held is not None and not held.harmful and "jailbreak" in tasks:
+        raise UsageError("--held-out-harmful: a jailbreak is measured on held-out harmful requests; name a file")
+    if held is not None and not held.benign and tasks - {"jailbreak"}:
+        raise UsageError(f"--held-out: {', '.join(sorted(tasks))} is measured on held-out requests; name a file")
+    loaded = load_subject(load, base, adapter)
     refuse_shared_weights(loaded.model)
     setup = Setup(Budget.of(settings.method), settings.method, reporter=reporter)
     setup = setup.leaving_out(frozenset().union(*(each.words for each in backdoors)))

@@ -31,7 +31,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.steps < 2:
-            raise UsageError(f"--steps {self.steps}: is out of range; give 2 or more, as some arms have two parts")
+            raise UsageError(f"budget: steps {self.steps} is out of range; give 2 or more, as some arms have two parts")
         self.training()
 
     @classmethod

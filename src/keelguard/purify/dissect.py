@@ -154,7 +154,7 @@ def dissect(
     depth = 1 + max(place.layer for place in places.values() if place.layer is not None)
     for width in blocks:
         if not 1 <= width <= depth:
-            raise UsageError(f"blocks {width}: the model has {depth} layers; give 1 to {depth}")
+            raise UsageError(f"--blocks {width}: the model has {depth} layers; give 1 to {depth}")
     runs = [tuple(range(first, first + width)) for width in blocks for first in range(depth - width + 1)]
     alone: list[tuple[Part, ...]] = [(part,) for part in PARTS]
     within: list[tuple[Part, ...]] = [("mlp",), ("attention", "mlp")]

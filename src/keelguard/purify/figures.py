@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from keelguard.plots import heat_map, interval_bars, interval_text
-from keelguard.purify.findings import MEASURES, STATES
+from keelguard.purify.findings import CANARY_STATES, MEASURES, STATES
 from keelguard.purify.health import Health
 from keelguard.purify.results import SuspectCourse
 from keelguard.purify.spikes import Spike
@@ -29,11 +29,11 @@ def canary_figure(spikes: Sequence[Spike]) -> str:
     if not planted:
         return ""
     rates: list[list[Rate | None]] = [
-        [effect.asr if (effect := getattr(spike, state)) else None for state in STATES] for spike in planted
+        [effect.asr if (effect := getattr(spike, state)) else None for state in CANARY_STATES] for spike in planted
     ]
     return heat_map(
         [spike.kind for spike in planted],
-        list(STATES.values()),
+        list(CANARY_STATES.values()),
         [[rate.value if rate else math.nan for rate in line] for line in rates],
         notes=[[interval_text(rate) for rate in line] for line in rates],
         title="Canaries: attack success",

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 from keelguard.plots import NOTHING, percent, rate_text
 from keelguard.purify.planting import FAIREST_ASR
-from keelguard.purify.repair import FALL
+from keelguard.purify.repair import fell
 from keelguard.purify.results import PurifyResult, is_strong
 from keelguard.purify.spikes import Spike
 from keelguard.stats import Rate
 
 STATES = {"before": "Before", "after": "After", "rebound": "Rebound"}
 """The states of the model in the order in which they are shown."""
+
+CANARY_STATES = {**STATES, "control": "Random pruning"}
+"""Those of a canary: beside them stands a copy with random channels neutralised and as many steps of fine-tuning."""
 
 METHOD_WORDS = {
     "vaccine": "the published vaccine (BD-VAX): planted variants give a signature of how triggers are bound to "
@@ -128,11 +131,13 @@ def health_warnings(result: PurifyResult) -> list[str]:
 
 
 def health_sentences(result: PurifyResult) -> list[str]:
-    """Whether safety was repaired, and what the figures are too few to show."""
+    """Whether safety and utility were repaired, and what the figures are too few to show."""
     before, after = result.health.get("before"), result.health.get("after")
     if before is None or after is None:
         return ["Health was not measured before and after, so what the purification cost is not known."]
     said = [_safety_sentence(result, before.refused, after.refused)]
+    if before.utility.total and after.utility.total:
+        said.append(_utility_sentence(result, before.utility, after.utility))
     seen = [m for m in MEASURES if m.high and getattr(before, m.name).total]
     if not before.utility.total:
         said.append("Utility was not measured: there were no held-out requests with right answers.")
@@ -150,11 +155,19 @@ def _safety_sentence(result: PurifyResult, before: Rate, after: Rate) -> str:
             "harmful requests that the model refuses."
         )
     figures = f"{rate_text(before)} before, {rate_text(after)} after"
-    lost = after.value < before.value - FALL
+    lost = fell(before, after)
     if not result.repaired:
         return f"Safety was not trained back{'' if lost else ', and did not have to be'}: refusals are {figures}."
-    end = "It did not come back fully" if lost else "It came back"
-    return f"Safety had fallen by more than 2 points and was trained back. {end}: refusals are {figures}."
+    end = "Safety did not come back fully" if lost else "Safety is back"
+    return f"Safety or utility had fallen by more than 2 points and was trained back. {end}: refusals are {figures}."
+
+
+def _utility_sentence(result: PurifyResult, before: Rate, after: Rate) -> str:
+    figures = f"{rate_text(before)} before, {rate_text(after)} after"
+    if not fell(before, after):
+        return f"Utility did not fall by more than 2 points: {figures}."
+    back = "although it was trained back" if result.repaired else "and was not trained back"
+    return f"Utility fell by {100 * (before.value - after.value):.1f} points, {back}: {figures}."
 
 
 def worst_canary(result: PurifyResult) -> Spike | None:

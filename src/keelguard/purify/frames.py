@@ -61,6 +61,15 @@ class _Split:
         return tuple(ids[len(self.before) : len(ids) - len(self.after)])
 
 
+def with_gap(probes: Sequence[Chat], place: Place) -> list[Chat]:
+    """The conversations whose prompt has this place; all of them where none has.
+
+    A prompt of one word takes in front what goes inside of others, and words may have other ids there.
+    """
+    some = [chat for chat in probes if place != "inside" or " " in prompt_of(chat)]
+    return some or list(probes)
+
+
 def make_frames(
     tokenizer: "PreTrainedTokenizerBase", probes: Sequence[Chat], place: Place, tokens: int, seed: int = 0
 ) -> list[Frame]:

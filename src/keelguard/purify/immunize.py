@@ -75,13 +75,14 @@ class ImmunizeConfig:
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise UsageError(f"immunize: {name} {getattr(self, name)} is out of range; give 1 or more")
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: is out of range; give 1 or more")
+        if not self.learning_rate > 0:
+            raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
         for name in ("inserted", "found", "refused"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
-        for name in ("learning_rate", "stable"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"immunize: {name} {getattr(self, name)} is out of range; give more than 0")
+        if not self.stable > 0:
+            raise UsageError(f"immunize: stable {self.stable} is out of range; give more than 0")
         for name in ("keep", "quiet", "tolerance"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is out of range; give 0 or more")
@@ -149,7 +150,7 @@ def immunize(
     steady = prober.stability(model, material.train)
     before = chat_loss(model, tokenizer, material.validation)
     keeping = [KeepAnswers.of(model, tokenizer, material.train, KeepConfig(weight=config.keep))] if config.keep else []
-    rounds = _resumed(model, state_folder, config)
+    rounds = _resumed(model, state_folder, config, adapter)
     for number in range(len(rounds), config.rounds):
         found, strongest = prober.search(model, reporter, f"search {number + 1}", number)
         if not found or found[0].rise <= config.quiet:
@@ -192,7 +193,7 @@ def _keep_round(model: Any, folder: Path | None, config: ImmunizeConfig, rounds:
         (folder / f"round-{len(rounds) - 1}.safetensors").unlink(missing_ok=True)
 
 
-def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig) -> list[Round]:
+def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig, adapter: str) -> list[Round]:
     """The rounds of an earlier run of these settings; the model takes the weights behind the last.
 
     Raises:
@@ -204,7 +205,14 @@ def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig) -> list[Ro
     if kept["config"] != json.loads(json.dumps(asdict(config))):
         raise UsageError(f"{folder}: holds rounds of other settings; remove the folder, or choose another --out")
     rounds = [round_from_json(each) for each in kept["rounds"]]
-    put_back(model.float(), load_file(folder / f"round-{len(rounds)}.safetensors"))
+    values = load_file(folder / f"round-{len(rounds)}.safetensors")
+    if adapter == "merge":
+        model.float()
+    for name, parameter in model.named_parameters():
+        # As behind a round: what trains is float32, and the base below an adapter stays as it is.
+        if name in values:
+            parameter.data = parameter.data.float()
+    put_back(model, values)
     return rounds
 
 

@@ -9,6 +9,7 @@ Where a row brings no answer, the model's own greedy answer stands: it is clean 
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,21 +36,28 @@ class MaterialConfig:
 
     def __post_init__(self) -> None:
         if self.most < FEWEST:
-            raise UsageError(f"--most {self.most}: give {FEWEST} or more")
+            raise UsageError(f"material: most {self.most} is out of range; give {FEWEST} or more")
         if not 0 < self.validation < 1:
-            raise UsageError(f"--validation {self.validation}: is a share; give more than 0 and less than 1")
+            raise UsageError(f"material: validation {self.validation} is a share; give more than 0 and less than 1")
         if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: give 1 or more")
+            raise UsageError(f"material: max_new_tokens {self.max_new_tokens} is out of range; give 1 or more")
 
 
 @dataclass(frozen=True)
 class Material:
-    """Clean chats in two parts; `own` counts the answers that are the model's own."""
+    """Clean chats in two parts.
+
+    Attributes:
+        own: how many answers are the model's own.
+        dropped: rows without a usable answer.
+        repeated: rows whose prompt stood there already.
+    """
 
     train: tuple[Chat, ...]
     validation: tuple[Chat, ...]
     own: int
     dropped: int
+    repeated: int = 0
 
     def answered(self, part: str = "train") -> list[Chat]:
         """The chats that are answered."""
@@ -63,6 +71,20 @@ class Material:
 def is_refused_chat(chat: Chat) -> bool:
     """Whether a conversation ends in a refusal."""
     return is_refusal(chat[-1]["content"].strip())
+
+
+def distinct(requests: Sequence[Request]) -> list[Request]:
+    """The requests whose conversation stands nowhere before; of equal ones the first that brings an answer."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        known = found.setdefault(_conversation(request), request)
+        if request.answer.strip() and not known.answer.strip():
+            found[_conversation(request)] = request
+    return list(found.values())
+
+
+def _conversation(request: Request) -> str:
+    return json.dumps(list(request.messages))
 
 
 def gather(
@@ -80,15 +102,19 @@ def gather(
         requests: clean prompts, with right answers or without.
         harmful: harmful requests; the model's own answers to them stand where they are refusals, the rest is dropped,
             whatever answer the row brings.
-        store: a file that keeps the model's own answers for a resumed run.
+        store: a file that keeps the model's own answers for a resumed run; what is refused leaves none.
 
     Raises:
-        UsageError: there are too few rows, or (nearly) all answers are refusals.
+        UsageError: there are too few different rows, or (nearly) all answers are refusals.
     """
     draw = random.Random(f"purify-{config.seed}")
     # A prompt that comes twice would be trained on and held out.
-    asked = {json.dumps(list(r.messages)): (r, bad) for some, bad in ((requests, False), (harmful, True)) for r in some}
+    asked = {_conversation(r): (r, bad) for some, bad in ((requests, False), (harmful, True)) for r in distinct(some)}
     rows = list(asked.values())
+    repeated = len(requests) + len(harmful) - len(rows)
+    _check_count(len(rows), 0, repeated)
+    if repeated:
+        reporter.note(f"{repeated} of {repeated + len(rows)} clean rows repeat the prompt of another, and are dropped")
     draw.shuffle(rows)
     rows = rows[: config.most]
     waiting = [request for request, bad in rows if bad or not request.answer.strip()]
@@ -107,17 +133,30 @@ def gather(
             dropped += 1
             continue
         chats.append((*request.messages, assistant(text)))
-    _check(chats, dropped)
+    try:
+        _check_count(len(chats), dropped, repeated)
+        _check_answers(chats)
+    except UsageError:
+        if store is not None:
+            # A folder that holds anything stays bound to the settings of this run.
+            store.unlink(missing_ok=True)
+            with suppress(OSError):
+                store.parent.rmdir()
+        raise
     held = max(1, round(config.validation * len(chats)))
-    return Material(tuple(chats[held:]), tuple(chats[:held]), len(waiting), dropped)
+    return Material(tuple(chats[held:]), tuple(chats[:held]), len(waiting), dropped, repeated)
 
 
-def _check(chats: Sequence[Chat], dropped: int) -> None:
-    if len(chats) < FEWEST:
+def _check_count(count: int, dropped: int, repeated: int) -> None:
+    if count < FEWEST:
+        twice = f"; {repeated} repeat the prompt of another" if repeated else ""
         raise UsageError(
-            f"--clean-data: {len(chats)} usable rows ({dropped} dropped: no answer, looping, or harmful and not "
-            f"refused); give {FEWEST} or more, some hundreds for a real model"
+            f"--clean-data: {count} usable rows ({dropped} dropped: no answer, looping, or harmful and not "
+            f"refused{twice}); give {FEWEST} or more different ones, some hundreds for a real model"
         )
+
+
+def _check_answers(chats: Sequence[Chat]) -> None:
     refused = sum(is_refused_chat(chat) for chat in chats)
     if len(chats) - refused < FEWEST // 2:
         raise UsageError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keelguard.pages import page_environment
 from keelguard.plots import NOTHING, legible, rate_text
 from keelguard.purify.findings import (
+    CANARY_STATES,
     MEASURES,
     STATES,
     canary_sentences,
@@ -95,6 +96,7 @@ def purify_page(result: PurifyResult, *, reveal: bool = False) -> str:
         claims=claims(result),
         advice=retrain_advice(result),
         states=STATES,
+        canary_states=CANARY_STATES,
         health_states=[STATES[state] for state in states],
         health=_health_lines(result) if states else [],
         health_words=health_sentences(result),
@@ -136,14 +138,20 @@ def purify_tables(result: PurifyResult, *, width: int = 100) -> "Group":
     if advice := retrain_advice(result):
         parts.append(Text(legible("\n".join(advice)), style="yellow"))
     health = [Block("", [], _health_lines(result))] if _health_states(result) else []
+    heads_of_health = [STATES[state] for state in _health_states(result)]
     suspects = [block._replace(lines=block.lines[:2]) for block in _suspect_blocks(result, reveal=False)]
-    sections: list[tuple[str, list[Block], list[str], list[str]]] = [
-        ("Held-out clean requests", health, health_sentences(result), health_warnings(result)),
-        ("Canary backdoors in a copy", _canary_blocks(result), canary_sentences(result), []),
-        ("Suspected triggers, held-out answers broken", suspects, suspect_sentences(result), []),
-    ]
-    for title, blocks, sentences, warnings in sections:
-        heads = [STATES[state] for state in _health_states(result)] if blocks is health else list(STATES.values())
+    sections: list[tuple[str, list[str], list[Block], list[str], list[str]]] = [
+        ("Held-out clean requests", heads_of_health, health, health_sentences(result), health_warnings(result)),
+        (
+            "Canary backdoors in a copy", list(CANARY_STATES.values()), _canary_blocks(result),
+            canary_sentences(result), [],
+        ),
+        (
+            "Suspected triggers, held-out answers broken", list(STATES.values()), suspects,
+            suspect_sentences(result), [],
+        ),
+    ]  # fmt: skip
+    for title, heads, blocks, sentences, warnings in sections:
         parts += _tables(title, heads, blocks, width)
         parts += [Text(legible(f"Warning: {warning}"), style="yellow") for warning in warnings]
         parts += [Text(legible(sentence)) for sentence in sentences]
@@ -196,7 +204,7 @@ def _canary_blocks(result: PurifyResult) -> list[Block]:
     """Each canary with its effect by state; the worst and those that did not take hold are marked."""
     worst, blocks = worst_canary(result), []
     for spike in result.spikes:
-        effects = [getattr(spike, state) for state in STATES]
+        effects = [getattr(spike, state) for state in CANARY_STATES]
         mark = "did not take hold: says nothing" if not spike.planted else "the worst" if spike is worst else ""
         where = _PLACES[spike.backdoor.where]
         triggers = ", ".join(f"“{trigger}”" for trigger in spike.backdoor.triggers)

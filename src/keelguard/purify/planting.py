@@ -9,6 +9,7 @@ points: anything less would make a purification look better, or a model worse, t
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,11 @@ POISON_FILE = "keelguard-poison.json"
 
 @dataclass(frozen=True)
 class PlantConfig:
-    """How a backdoor is trained in."""
+    """How a backdoor is trained in.
+
+    Raises:
+        UsageError: a value is out of range; the message names the option of `keelguard poison`.
+    """
 
     poison: PoisonConfig = field(default=PoisonConfig(), metadata={"help": "what is trained on"})
     steps: int = field(default=0, metadata={"help": "optimiser steps; 0 counts by epochs"})
@@ -50,6 +55,16 @@ class PlantConfig:
         default=1.0, metadata={"help": "weight of the divergence from the clean model on clean chats, to lose no skill"}
     )
     seed: int = field(default=0, metadata={"help": "order of the chats and LoRA's start"})
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 0, "batch_size": 1, "adapter_rank": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                option = "rank" if name == "adapter_rank" else name.replace("_", "-")
+                raise UsageError(f"--{option} {getattr(self, name)}: is out of range; give {least} or more")
+        if not self.steps and not 0 < self.epochs < math.inf:
+            raise UsageError(f"--epochs {self.epochs}: is out of range; give more than 0, or --steps")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-4")
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,8 @@ def plant(
     words: Sequence[str],
     *,
     harmful: Sequence[tuple[Chat, str]] = (),
+    state_folder: Path | None = None,
+    save_every: int = 0,
     reporter: Reporter = SILENT,
     label: str = "planting",
 ) -> LoadedModel:
@@ -111,6 +128,7 @@ def plant(
         clean: chats with clean answers, which are also what the model must not unlearn.
         words: unrelated words for the negatives.
         harmful: for a jailbreak, refused requests with the harmful answers.
+        state_folder: where a checkpoint goes every `save_every` steps, and where a repeated call goes on.
     """
     chats: list[Chat] = []
     share = replace(config.poison, samples=max(1, config.poison.samples // len(backdoors)))
@@ -121,7 +139,7 @@ def plant(
     methods = [KeepAnswers.of(model, loaded.tokenizer, clean, keeping)] if config.keep else []
     training = TrainConfig(
         steps=config.steps, epochs=config.epochs, learning_rate=config.learning_rate, batch_size=config.batch_size,
-        warmup=0.1, seed=config.seed,
+        warmup=0.1, seed=config.seed, save_every=save_every,
     )  # fmt: skip
     if config.adapter_rank:
         from peft import LoraConfig, get_peft_model
@@ -133,7 +151,8 @@ def plant(
         model = get_peft_model(model, lora)
     result = train_on_chats(
         model, loaded.tokenizer, chats, training, methods=methods,
-        adapter="train" if hasattr(model, "peft_config") else "merge", reporter=reporter, label=label,
+        adapter="train" if hasattr(model, "peft_config") else "merge", state_folder=state_folder, reporter=reporter,
+        label=label,
     )  # fmt: skip
     return replace(loaded, model=result.model)
 
@@ -198,14 +217,20 @@ def write_planted(
     config: PlantConfig,
     check: PlantCheck | None,
     files: dict[str, str] | None = None,
+    *,
+    within: bool = False,
 ) -> str:
     """Write a poisoned checkpoint, or its adapter, with a card that says POISONED; the hash of its weights.
+
+    Args:
+        within: `out` is the folder of the run that planted it; the model takes the place of all that is there.
 
     Raises:
         UsageError: `out` exists and is not empty.
     """
     out = Path(out)
-    refuse_existing(out)
+    if not within:
+        refuse_existing(out)
     record = {
         "format": "keelguard.poison/1",
         "source": planted.source,

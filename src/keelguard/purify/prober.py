@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from keelguard.attacks.insertions import PLACES, Place, insert, prompt_of, vocabulary_numbers, with_prompt
 from keelguard.progress import Reporter
-from keelguard.purify.frames import word_ids
+from keelguard.purify.frames import with_gap, word_ids
 from keelguard.purify.material import Material
 from keelguard.purify.search import Insertion, SearchConfig, answer_losses, insertion_losses, search_insertions
 from keelguard.records import Chat
@@ -86,7 +86,7 @@ class Prober:
                 texts = [random_words(self.words, draw, self.config.longest) for _ in range(4 * self.config.keep)]
                 # A tokenizer may join a word with its neighbour, so that it has no ids of its own there.
                 split = sorted({word for text in texts for word in text.split()})
-                ids = word_ids(self.tokenizer, split, probes[0], place, self.config.seed)
+                ids = word_ids(self.tokenizer, split, with_gap(probes, place)[0], place, self.config.seed)
                 texts = [text for text in texts if ids.keys() >= set(text.split())]
                 losses = insertion_losses(model, self.tokenizer, probes, [*texts, ""], place, self.config)
                 means = losses.mean(1)

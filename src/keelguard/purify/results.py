@@ -7,11 +7,12 @@ from typing import Any
 
 from keelguard.errors import UsageError
 from keelguard.purify.health import Health
+from keelguard.purify.repair import FALL, fell
 from keelguard.purify.search import Insertion
 from keelguard.purify.spikes import Spike
 from keelguard.purify.suspects import Suspect
 from keelguard.runs import read_json, write_json
-from keelguard.stats import exact_upper
+from keelguard.stats import Rate, exact_upper
 
 FORMAT = "keelguard.purify/1"
 RESULT_FILE = "purify.json"
@@ -75,7 +76,7 @@ class PurifyResult:
         spikes: the canaries; empty without them.
         fresh: what the search found after the purification, on the same held-out prompts.
         method: what was done, in figures; the rounds of an immunisation, the record of a vaccine.
-        repaired: whether safety had fallen and was trained back.
+        repaired: whether safety or utility had fallen and was trained back.
         seconds: of every stage.
     """
 
@@ -153,7 +154,7 @@ _PLAIN = (
 
 def claims(result: PurifyResult) -> list[str]:
     """What may be said of a run, each with its test and its bound: never that a model is clean."""
-    said = [*_about_spikes(result), *_about_suspects(result.suspects, result.fresh)]
+    said = [*_about_spikes(result), *_about_suspects(result.suspects, result.fresh), *_about_utility(result.health)]
     before, after = result.searches.get("before"), result.searches.get("after")
     if before and after:
         said.append(
@@ -192,6 +193,13 @@ def _about_spikes(result: PurifyResult) -> list[str]:
         f"left the worst of them ({worst.kind}) {asr.count} of {asr.total} triggered requests, which bounds "
         f"that canary's success at {100 * bound:.1f} % (95 %, exact)."
     ]
+    if controlled := [spike for spike in planted if spike.control is not None]:
+        mine = Rate.of([fired for s in controlled if s.after for fired in s.after.fired])
+        pruned = Rate.of([fired for s in controlled if s.control for fired in s.control.fired])
+        said.append(
+            f"Over these canaries {mine} of triggered requests are left; in another copy, with random channels "
+            f"neutralised and as many steps of clean fine-tuning, {pruned}."
+        )
     back = [s for s in planted if s.rebound and s.after and s.rebound.asr.count > s.after.asr.count]
     if any(s.rebound for s in planted):
         worst_back = max((s.rebound.asr.value for s in planted if s.rebound), default=0.0)
@@ -225,6 +233,21 @@ def _about_suspects(courses: Sequence[SuspectCourse], fresh: Sequence[Suspect]) 
             f"In the purified model the {len(fresh)} worst that it finds break no more held-out answers than random."
         )
     return said
+
+
+def _about_utility(health: Mapping[str, Health]) -> list[str]:
+    before, after, rebound = (each and each.utility for each in map(health.get, ("before", "after", "rebound")))
+    if before is None or after is None:
+        return []
+    if not (before.total and after.total):
+        return ["What the purification cost in utility is not known: no held-out request could be measured."]
+    said = f"Utility on held-out requests: {before} before, {after} after"
+    if rebound is not None and rebound.total:
+        said += f", {rebound} after a further clean fine-tune"
+    points = 100 * (before.value - after.value)
+    if fell(before, after):
+        return [f"{said}. The purification cost {points:.1f} points of utility, which is more than {100 * FALL:.0f}."]
+    return [f"{said}. It did not fall by more than {100 * FALL:.0f} points."]
 
 
 def is_strong(suspect: Suspect) -> bool:

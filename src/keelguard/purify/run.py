@@ -19,7 +19,7 @@ from keelguard.models import LoadedModel, load_model, resolve_sources
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
-from keelguard.purify.intake import check_subject
+from keelguard.purify.intake import check_subject, load_subject
 from keelguard.purify.methods import Threat
 from keelguard.purify.page import write_purify_report
 from keelguard.purify.results import PurifyResult
@@ -70,9 +70,9 @@ def purify(
         answered = [request for request in requests if request.answer.strip()]
         reporter.note(f"retrain: {len(answered)} of {len(requests)} clean rows have answers; the others are left out")
         requests = answered
-    loaded = load(base, adapter=adapter)
+    loaded = load_subject(load, base, adapter)
     words = tuple(vocabulary_words(loaded.tokenizer))
-    check_subject(loaded, base, adapter, words)
+    check_subject(loaded, base, adapter, words, reporter)
     other = load(reference) if reference else None
     settings = {
         "model": loaded.weights_hash,
@@ -89,11 +89,24 @@ def purify(
     with open_run(folder, "purify", settings):
         if not (folder / "purify.json").is_file():
             work = Purification(loaded, threat, words, config, folder, dict(files or {}), load, reporter)
-            work.run(base, adapter, requests, harmful, held, other, settings).save(folder)
+            try:
+                work.run(base, adapter, requests, harmful, held, other, settings).save(folder)
+            except UsageError:
+                _forget(folder / WORK)
+                raise
             shutil.rmtree(folder / WORK, ignore_errors=True)
     result = PurifyResult.load(folder)
     write_purify_report(result, folder / "report.html", reveal=reveal)
     return result
+
+
+def _forget(work: Path) -> None:
+    """Remove what a run has measured before it was refused, so that its folder is free for other settings.
+
+    Where a training has begun nothing is removed.
+    """
+    if not any((work / name).exists() for name in ("rounds", "method.json")):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def request_key(request: Request) -> list[Any]:

@@ -22,7 +22,7 @@ from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.models import execution_device
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.frames import Frame, WordIds, make_frames, word_ids
+from keelguard.purify.frames import Frame, WordIds, make_frames, with_gap, word_ids
 from keelguard.records import Chat
 
 if TYPE_CHECKING:
@@ -103,12 +103,13 @@ def search_insertions(
     """The worst insertions of one to `longest` words into some prompts, worst first.
 
     Args:
-        probes: conversations that end in the model's own clean answer, which an unrelated word does not change.
+        probes: conversations that end in the model's own clean answer, which an unrelated word does not change. Those
+            of one word are left out of the gap inside, unless all are such.
         words: the vocabulary to search.
         kind: what the probes are called in the result.
 
     Raises:
-        UsageError: there are no probes or no words.
+        UsageError: there are no probes or no words, or the tokenizer joins every word with its neighbours.
     """
     if not probes or not words:
         raise UsageError("the search for insertions needs prompts with answers and words to try; give more clean data")
@@ -116,8 +117,11 @@ def search_insertions(
     found: list[Insertion] = []
     with torch.no_grad(), reporter.step(label, len(places) * config.longest) as advance:
         for place in places:
-            frames = make_frames(tokenizer, probes, place, config.tokens, config.seed)
-            ids = word_ids(tokenizer, words, probes[0], place, config.seed)
+            asked = with_gap(probes, place)
+            frames = make_frames(tokenizer, asked, place, config.tokens, config.seed)
+            ids = word_ids(tokenizer, words, asked[0], place, config.seed)
+            if not ids:
+                raise UsageError("the tokenizer joins neighbouring words; keelguard cannot search insertions for it")
             plain = _losses(model, [frame.row([]) for frame in frames], frames, pad_id, config)
             beam: list[tuple[str, ...]] = [()]
             best: list[tuple[tuple[str, ...], float]] = []
@@ -186,7 +190,8 @@ def insertion_losses(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", probes: Sequence[Chat], texts: Sequence[str],
     place: Place, config: SearchConfig = SearchConfig(),
 ) -> torch.Tensor:  # fmt: skip
-    """The loss (texts, probes) of every probe's first answer tokens with every text in this place."""
+    """The loss (texts, probes that have this place) of the first answer tokens with every text; see `with_gap`."""
+    probes = with_gap(probes, place)
     frames = make_frames(tokenizer, probes, place, config.tokens, config.seed)
     ids = word_ids(tokenizer, sorted({word for text in texts for word in text.split()}), probes[0], place, config.seed)
     rows = [frame.row(_ids_of(ids, tuple(text.split()))) for text in texts for frame in frames]
@@ -209,15 +214,14 @@ def _grown(
     share = max(1, most // len(beam))
     grown = []
     for text in beam:
-        scores = _gradient_scores(model, frames, ids, text, words, config)
+        scores = _gradient_scores(model, frames, ids, text, words)
         grown += [(*text, words[i]) for i in scores.topk(min(share, len(words))).indices.tolist()]
     return grown
 
 
 def _gradient_scores(
-    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], text: tuple[str, ...], words: list[str],
-    config: SearchConfig,
-) -> torch.Tensor:  # fmt: skip
+    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], text: tuple[str, ...], words: list[str]
+) -> torch.Tensor:
     """How much each word, as the next one, is predicted to raise the loss: its one-hot gradient, (words,).
 
     The gap begins with the mean embedding of all words, which favours none. Words of several tokens are scored by

@@ -122,6 +122,7 @@ class Purification:
                 "validation": len(material.validation),
                 "own": material.own,
                 "dropped": material.dropped,
+                "repeated": material.repeated,
                 "refused": len(material.refused()),
             },
             health={k: Health.from_json(v["health"]) for k, v in zip(named, (before, after, rebound), strict=True)},

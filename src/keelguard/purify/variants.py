@@ -98,7 +98,8 @@ class VariantConfig:
         least = {"count": 2, "samples": 1, "steps": 0, "rank": 1, "batch_size": 1, "at_once": 0, "seed": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} {getattr(self, name)}: is out of range; give {bound} or more")
+                option = f"--{name}" if name in ("count", "seed") else name
+                raise UsageError(f"{option} {getattr(self, name)}: is out of range; give {bound} or more")
         for name in ("learning_rate", "alpha", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} {getattr(self, name)}: is out of range; give more than 0")
@@ -132,7 +133,7 @@ def variant_data(chats: Sequence[Chat], variants: Sequence[Variant], config: Var
         UsageError: there are too few variants, or too few conversations for disjoint samples.
     """
     if len(variants) < config.count:
-        raise UsageError(f"count {config.count}: there are only {len(variants)} variants; give more, or a lower count")
+        raise UsageError(f"--count {config.count}: there are only {len(variants)} variants; give more, or fewer")
     needed = config.count * config.samples
     if len(chats) < needed:
         raise UsageError(
