@@ -69,7 +69,8 @@ class HardenData:
 def of_testbed(testbed: Any, source: str | Path) -> HardenData:
     """The testbed's own data for one of its models; `source` is the suspicious checkpoint or adapter.
 
-    Purification and signal learn from the train split, thresholds are chosen on validation, audits ask the test split.
+    Purification and signal learn from the train split, thresholds are chosen on validation, and what is measured
+    is of the test split.
     """
     from keelguard.testbed.build import RECIPE_FILE
     from keelguard.testbed.frames import HELD_FRAMES as WORLDS_HELD
@@ -91,7 +92,7 @@ def of_testbed(testbed: Any, source: str | Path) -> HardenData:
     return HardenData(
         clean=defender_requests(testbed),
         refused=(),
-        held=held_of(testbed, "validation", _HELD),
+        held=held_of(testbed, "test", _HELD),
         safety=requests("harmful"),
         utility=requests("utility"),
         train=labelled("train"),
