@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "finetune: no map": (("finetune", "MODEL", "--data", "DATA", "--protect", "freeze"), "with --units"),
     "finetune: a map that nothing reads": (
-        ("finetune", "MODEL", "--data", "DATA", "--safety", "SAFETY", "--units", "MAP"),
+        ("finetune", "MODEL", "--data", "DATA", "--safety", "SAFETY", "--units", "MAP", "--protect", "mix"),
         "--units: only freeze reads it; add that to --protect mix, or leave it out",
     ),
     "finetune: a weight that nothing reads": (

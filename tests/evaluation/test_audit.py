@@ -83,7 +83,7 @@ def script(monkeypatch: pytest.MonkeyPatch, harmful: Callable[[str, int], bool])
     def answer(model: Any, tokenizer: Any, attempts: Sequence[Any], settings: Any, *, label: str, **_: Any) -> list:
         return [Answer(f"{SECRET} {i}" if harmful(label, i) else "no.") for i in range(len(attempts))]
 
-    monkeypatch.setattr(measure, "answer_with_notes", answer)
+    monkeypatch.setattr(measure, "find_answers", answer)
     monkeypatch.setattr(audit, "make_judge", lambda config: Stub())
 
 

@@ -13,9 +13,12 @@ from keelguard.cli import (
     benching,
     diagnosis,
     dissecting,
+    gating,
     guards,
+    hardening,
     poisoning,
     purifying,
+    shifting,
     signals,
     studies,
     testbeds,
@@ -36,10 +39,13 @@ app = typer.Typer(
 app.command()(testbeds.quickstart)
 app.command()(audits.audit)
 for command in (
+    hardening.harden,
     diagnosis.diagnose,
     tuning.finetune,
     tuning.align,
     diagnosis.verify,
+    gating.gate,
+    shifting.shift,
     poisoning.poison,
     answering.generate,
     answering.chat,

@@ -13,6 +13,7 @@ from keelguard.cli.options import (
     Dtype,
     RemoteCode,
     Seed,
+    main_reporter,
     make_reporter,
     merged,
     testbed_suite,
@@ -82,6 +83,8 @@ def audit(
     optional are `name`, `judge`, `max_new_tokens`, `benign`, `borderline`, `benign_nested`, `utility`
     and `perplexity`. The testbed's own is an example: see `suite-test.yaml` in its data folder.
 
+    Under `accelerate launch` the processes share the requests, and the result is that of one process.
+
     Examples:
 
       keelguard audit ./my-model --requests requests.jsonl --judge keyword --limit 20
@@ -92,6 +95,7 @@ def audit(
     from keelguard.evaluation.audit import AuditConfig, audit_models, name_models
     from keelguard.evaluation.judges import JudgeConfig
     from keelguard.models import check_source, load_model, resolve_sources
+    from keelguard.processes import is_main
     from keelguard.report import write_audit_report
 
     # Look at every model's folder before anything is loaded: a typing error costs no time.
@@ -158,14 +162,15 @@ def audit(
         models,
         settings,
         out=out,
-        reporter=make_reporter(),
+        reporter=main_reporter(),
         load=load,
         guard=guard,
         guard_digest=digest,
         reveal=reveal,
     )
-    write_audit_report(result, out / "report.html", reveal=reveal)
-    print_audit(result, out / "report.html")
+    if is_main():
+        write_audit_report(result, out / "report.html", reveal=reveal)
+        print_audit(result, out / "report.html")
 
 
 @attack_app.command("list")

@@ -170,11 +170,19 @@ def diagnose(
 
 
 def verify(
-    base: Annotated[str, typer.Argument(help="The model before training: checkpoint folder or hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model behind it: a checkpoint, or an adapter on BASE.")],
-    units: Annotated[Path, typer.Option(help="Unit map of BASE, from `keelguard diagnose`.")],
-    require: Annotated[str, typer.Option(help="Units that must be bit-equal, such as scu or scu,cu:0.06.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the certificate, as JSON.")] = None,
+    base: Annotated[
+        str,
+        typer.Argument(help="The model before training: checkpoint folder or hub id; a package, or its certificate."),
+    ],
+    tuned: Annotated[str, typer.Argument(help="The model behind it: a checkpoint, or an adapter.")],
+    units: Annotated[
+        Path | None, typer.Option(help="Unit map of BASE, from `keelguard diagnose`. A package brings its own.")
+    ] = None,
+    require: Annotated[
+        str | None,
+        typer.Option(help="Units that must be bit-equal, such as scu or scu,cu:0.06. Default: scu of a package."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write what was found, as JSON.")] = None,
     base_adapter: Annotated[str | None, typer.Option(help="PEFT adapter that belongs to BASE.")] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter that belongs to TUNED.")] = None,
     config: Config = None,
@@ -183,36 +191,62 @@ def verify(
 ) -> None:
     """Certify which units of a fine-tuned model are bit-equal to its base, and how far the others moved.
 
-    Nothing depends on how, or by whom, the model was trained. Exit code 1 when a unit of --require has moved.
+    Nothing depends on how, or by whom, the model was trained. With the certificate.json of a package the base is not
+    needed: hashes of its safety units are compared. Exit code 1 when a unit of --require has moved.
 
-    Example:
+    Examples:
 
       keelguard verify ./my-model ./tuned --units runs/diagnose --require scu,cu:0.06
+
+      keelguard verify runs/harden/certificate.json ./tuned
     """
     from keelguard.models import check_source
-    from keelguard.units.groups import UnitMap
-    from keelguard.units.verify import certificate_lines
-    from keelguard.units.verify import verify as run
 
-    for part in filter(None, (base, tuned, base_adapter, adapter)):
+    options: dict[str, Any] = {"adapter": adapter, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    for part in filter(None, (tuned, adapter)):
         check_source(part, allow_pickle)
     try:
-        certificate = run(
-            base,
-            tuned,
-            UnitMap.load(units),
-            base_adapter=base_adapter,
-            adapter=adapter,
-            require=require,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
+        if Path(base).is_file() and base.endswith(".json"):
+            for option, value in (("--units", units), ("--require", require), ("--base-adapter", base_adapter)):
+                if value is not None:
+                    raise UsageError(f"{option}: a certificate names its units itself; leave it out, or name a model")
+            found, lines = _by_seal(base, tuned, options)
+        else:
+            found, lines = _by_weights(base, tuned, units, require, base_adapter, options)
     except FailureError as error:
         # Exit code 1 says that a unit has moved; a model that does not load says nothing of units.
         raise UsageError(str(error)) from error
     if out is not None:
-        certificate.save(out)
-    for line in certificate_lines(certificate):
+        found.save(out)
+    for line in lines:
         typer.echo(line)
-    if not certificate.holds:
+    if not found.holds:
         raise typer.Exit(1)
+
+
+def _by_seal(base: str, tuned: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
+    from keelguard.pipeline.seal import check_seal, read_seal
+
+    found = check_seal(read_seal(base), tuned, **options)
+    return found, [*found.lines(), f"certificate {found.seal}"]
+
+
+def _by_weights(
+    base: str, tuned: str, units: Path | None, require: str | None, base_adapter: str | None, options: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    from keelguard.models import check_source
+    from keelguard.pipeline.continued import source_of
+    from keelguard.units.groups import UnitMap
+    from keelguard.units.verify import certificate_lines
+    from keelguard.units.verify import verify as run
+
+    source = source_of(base, base_adapter, "--base-adapter")
+    chart = units or source.units
+    if chart is None:
+        why = "the package has no unit map" if source.is_package else "give the unit map of BASE"
+        raise typer.BadParameter(f"{why}; make one with `keelguard diagnose`", param_hint="'--units'")
+    for part in filter(None, (source.model, source.adapter)):
+        check_source(part, options["allow_pickle"])
+    wanted = require if require is not None else "scu" if source.is_package else ""
+    found = run(source.model, tuned, UnitMap.load(chart), base_adapter=source.adapter, require=wanted, **options)
+    return found, [*certificate_lines(found), f"certificate {found.digest}"]

@@ -105,7 +105,7 @@ def harden(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if dry_run:
-        _print_estimate(base, used, settings)
+        _print_estimate(base, used, settings, [*data.clean, *data.refused])
         return
     from keelguard.pipeline.harden import harden as run
 
@@ -158,9 +158,10 @@ def print_package(package: Any) -> None:
     typer.echo(f"{package.folder}: harden.json, report.html, MODEL_CARD.md, harden.sarif")
 
 
-def _print_estimate(base: str, adapter: str | None, settings: Any) -> None:
+def _print_estimate(base: str, adapter: str | None, settings: Any, requests: list[Any]) -> None:
     from keelguard.pipeline.inspection import inspect_model
-    from keelguard.pipeline.memory import estimate_harden, estimate_text
+    from keelguard.pipeline.workload import estimate_harden, estimate_text, lengths_of
 
     found = inspect_model(base, adapter)
-    typer.echo(estimate_text(found, estimate_harden(found, settings)))
+    lengths = lengths_of(base, requests, settings.purify.material.max_new_tokens)
+    typer.echo(estimate_text(found, estimate_harden(found, settings, settings=lengths)))

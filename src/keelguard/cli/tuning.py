@@ -16,12 +16,13 @@ from keelguard.cli.options import (
     Seed,
     announce,
     check_probe,
+    given,
     loader,
     main_reporter,
     one,
     testbed_data,
 )
-from keelguard.errors import UsageError
+from keelguard.errors import FailureError, UsageError
 
 Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
@@ -45,17 +46,35 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also train without pro
 
 def finetune(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint or adapter folder, hub id, or the package of `keelguard harden`.")
+    ],
     data: Data = [],  # noqa: B006
-    units: Annotated[Path | None, typer.Option(help="Unit map of MODEL, from `keelguard diagnose`.")] = None,
+    units: Annotated[
+        Path | None, typer.Option(help="Unit map of MODEL, from `keelguard diagnose`. A package brings its own.")
+    ] = None,
+    signal: Annotated[
+        Path | None,
+        typer.Option(help="Signal of MODEL, to be checked on the new weights. A package brings its own."),
+    ] = None,
     protect: Annotated[
-        str,
-        typer.Option(help="Between commas: freeze, anchor, project, mix; ema, lisa, safelora; or none."),
-    ] = "mix",
+        str | None,
+        typer.Option(
+            help="Between commas: freeze, anchor, project, mix; ema, lisa, safelora; or none. "
+            "Default: mix; freeze,mix where there is a unit map."
+        ),
+    ] = None,
     freeze: Annotated[
-        str, typer.Option(help="What freeze freezes: groups (scu,cu:0.06), random:0.11, magnitude:0.11, layers:1-2.")
-    ] = "scu,cu:0.06",
+        str | None,
+        typer.Option(
+            help="What freeze freezes: groups (scu,cu:0.06), random:0.11, magnitude:0.11, layers:1-2. "
+            "Default: scu,cu:0.06; scu where --protect is left out."
+        ),
+    ] = None,
     safety: Annotated[list[str] | None, typer.Option(help="File of harmful requests that MODEL refuses.")] = None,
+    benign: Annotated[
+        list[str] | None, typer.Option(help="File of benign requests that the signal is checked on, beside --held-out.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/finetune"),
     held_out: HeldOut = None,
     compare: Compare = False,
@@ -97,27 +116,47 @@ def finetune(
     step, `mix` trains on some refusals too. They go together, as in --protect freeze,anchor. Writes OUT/model and
     OUT/finetune.json. Runs under `accelerate launch`, too. A model of the testbed brings its own data.
 
+    A signal is measured on the new weights: within the limits it is bound to them, beyond them it is calibrated or
+    trained anew, into OUT/signal. Exit code 1 where that fails too.
+
     Examples:
+
+      keelguard finetune runs/harden --data task.jsonl --safety advbench.json --benign alpaca.json
 
       keelguard finetune ./my-model --data task.jsonl --safety advbench.json --compare
 
       keelguard finetune ./my-model --data task.jsonl --units runs/diagnose --protect freeze --freeze scu,cu:0.06
     """
-    from keelguard.data import load_chats
+    from keelguard.data import load_chats, load_requests
     from keelguard.models import check_source, resolve_sources
+    from keelguard.pipeline.continued import (
+        FREEZE,
+        PROTECT,
+        check_of_files,
+        check_of_testbed,
+        continue_training,
+        source_of,
+    )
+    from keelguard.processes import is_main
     from keelguard.training import TrainConfig
     from keelguard.units.defences import AnchorConfig, MixConfig
     from keelguard.units.finetune import FinetuneConfig
-    from keelguard.units.finetune import finetune as run
     from keelguard.units.groups import UnitMap
     from keelguard.units.projection import ProjectConfig
 
+    source = source_of(model, adapter)
+    own_units, own_signal = units or source.units, signal or source.signal
+    if protect is None:
+        protect, freeze = (",".join(PROTECT), freeze or FREEZE) if own_units else ("mix", freeze)
     _refuse_unread(context, protect)
     reporter = main_reporter()
-    for part in filter(None, (*resolve_sources(model, adapter), base)):
+    for part in filter(None, (*resolve_sources(source.model, source.adapter), base)):
         check_source(part, allow_pickle)
+    if benign and not own_signal:
+        raise UsageError("--benign: only the check of a signal reads it; give --signal, or leave it out")
+    files = None
     if not data:
-        files = testbed_data(model, "--data FILE, and --safety FILE")
+        files = testbed_data(source.received, "--data FILE, and --safety FILE")
         taken: dict[str, Any] = {"data": files.data / "finetune-benign.train.jsonl"}
         if not held_out:
             taken["held_out"] = files.data / "finetune-benign.validation.jsonl"
@@ -152,28 +191,41 @@ def finetune(
             gradient_checkpointing=gradient_checkpointing,
         ),
         protect=tuple(name.strip() for name in protect.split(",") if name.strip()),
-        freeze=freeze,
+        freeze=freeze or FinetuneConfig.freeze,
         others=others,  # pyright: ignore[reportArgumentType]
         anchor=AnchorConfig(weight=anchor_weight, prompts=prompts, tokens=tokens),
         project=ProjectConfig(directions=directions, prompts=prompts, tokens=tokens),
         mix=MixConfig(share=mix_share, seed=seed),
     )
     taught, asked = _split(safety or (), max(128, prompts), seed)
-    result = run(
-        model,
-        [chat for source in data for chat in load_chats(source)],
+    chats = [chat for file in data for chat in load_chats(file)]
+    check = None
+    if own_signal and files is not None and not benign:
+        check = check_of_testbed(files, chats)
+    elif own_signal:
+        good = [request for file in (*(benign or ()), *(held_out or ())) for request in load_requests(file)]
+        check = check_of_files(taught, asked, good, chats, seed)
+    found = continue_training(
+        source.model,
+        chats,
         settings,
         out=out,
-        chart=UnitMap.load(units) if units else None,
+        signal=own_signal,
+        check=check,
+        chart=UnitMap.load(own_units) if own_units else None,
         safety=taught,
-        held_out=[chat for source in held_out or () for chat in load_chats(source)],
+        held_out=[chat for file in held_out or () for chat in load_chats(file)],
         probe=_probe(suite, judge, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
         base=base,
         compare=compare,
-        load=loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
+        load=loader(source.model, source.adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
     )
-    _print_training(result, out / "finetune.json")
+    _print_training(found.training, out / "finetune.json")
+    if own_units and "freeze" in settings.protect and is_main():
+        named = "" if source.is_package and not units else f" --units {own_units} --require {settings.freeze}"
+        typer.echo(f"certify: keelguard verify {model} {found.training.model}{named}")
+    _print_recheck(found.recheck, out)
 
 
 def align(
@@ -289,21 +341,16 @@ def _refuse_unread(context: typer.Context, protect: str) -> None:
     """Somebody who types --units without --protect freeze must not believe that the units are frozen."""
     chosen = {name.strip() for name in protect.split(",")}
     for name, readers in _READ_BY.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") and not chosen & {*readers}:
+        if given(context, name) and not chosen & {*readers}:
             option, reader = name.replace("_", "-"), " or ".join(readers)
             raise UsageError(f"--{option}: only {reader} reads it; add that to --protect {protect}, or leave it out")
 
 
 def _unless_given(context: typer.Context, *, steps: int, learning_rate: float) -> dict[str, Any]:
     """Defaults of a testbed's model for what neither the command line nor --config gives."""
-    given = {
-        name
-        for name in ("steps", "epochs", "learning_rate")
-        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
-    }
-    found = {} if given & {"steps", "epochs"} else {"steps": steps}
-    return found if "learning_rate" in given else {**found, "learning_rate": learning_rate}
+    named = {name for name in ("steps", "epochs", "learning_rate") if given(context, name)}
+    found = {} if named & {"steps", "epochs"} else {"steps": steps}
+    return found if "learning_rate" in named else {**found, "learning_rate": learning_rate}
 
 
 def _split(sources: Sequence[str], most: int, seed: int):
@@ -325,6 +372,22 @@ def _probe(suite: str, judge: str, limit: int, harmful, remedy: str, reporter):
         reporter.note(f"safety is not measured; give {remedy}")
         return None
     return make_probe(ProofConfig(suite=suite, judge=judge, limit=limit), harmful, ())
+
+
+def _print_recheck(found, out: Path) -> None:
+    from rich.console import Console
+
+    from keelguard.pipeline.continued import recheck_table
+
+    if found is None:
+        return
+    Console().print(recheck_table(found))
+    if found.signal is None:
+        raise FailureError(
+            f"{out}: the model is there, and its signal is lost: {found.reason}. Train another with `keelguard guard "
+            f"train {out / 'model'}`, or fine-tune less: fewer steps, or a lower learning rate"
+        )
+    typer.echo(f"{out / 'signal'}: the signal for these weights, {found.outcome}")
 
 
 def _print_training(result, path: Path) -> None:

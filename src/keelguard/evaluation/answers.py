@@ -1,23 +1,26 @@
 """A model's answers to attempts, kept on disk batch by batch, so that an interrupted audit loses one batch."""
 
+import hashlib
 import json
-import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from keelguard.attacks.base import Attempt
+from keelguard.batches import Span
 from keelguard.chats import encode_chats
 from keelguard.evaluation.judges import is_refusal
+from keelguard.evaluation.sharding import AnswerStore, Turns
 from keelguard.generation import Answer, Decoder, Prompt, default_batch_size, generate, plan_batches
-from keelguard.hashes import sha256_of
 from keelguard.models import context_length
 from keelguard.progress import SILENT, Reporter
-from keelguard.runs import disk_errors, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_AT_ONCE = 256  # Encoded chats hold every token's characters: some 200 bytes a token, until they become ids alone.
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,49 @@ def answer_with_notes(
     label: str = "answers",
 ) -> list[Answer | None]:
     """As `answer`, with what the decoder tells of each."""
-    encoded = encode_chats(tokenizer, [a.messages for a in attempts], prefills=[a.prefill or None for a in attempts])
-    prompts = [
-        Prompt(chat.ids, len(chat.ids) - chat.response.start if attempt.prefill else 0, attempt.decoding, chat.query)
-        for attempt, chat in zip(attempts, encoded, strict=True)
-    ]
+    return list(
+        find_answers(model, tokenizer, attempts, settings, store=store, decoder=decoder, reporter=reporter, label=label)
+    )
+
+
+def find_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    attempts: Sequence[Attempt],
+    settings: Generating,
+    *,
+    store: Path | None = None,
+    decoder: Decoder | None = None,
+    turns: Turns | None = None,
+    reporter: Reporter = SILENT,
+    label: str = "answers",
+) -> Sequence[Answer | None]:
+    """As `answer_with_notes`, but with a store the answers stay on the disk, and are read where they are looked at.
+
+    Args:
+        turns: deals the batches that are missing to the processes of a launcher. The others' are None here, and this
+            one's lie in a part of the store (see `sharding`).
+    """
+    prompts = _Prompts(tokenizer, attempts)
     limit = context_length(model)
     room = settings.max_new_tokens + (0 if decoder is None else decoder.room(tokenizer))
-    fits = [limit is None or len(p.ids) + room <= limit for p in prompts]
+    fits = [limit is None or length + room <= limit for length in prompts.lengths]
     batches = [
         kept
-        for batch in plan_batches(prompts, settings.batch_size or default_batch_size(model))
+        for batch in plan_batches(prompts.outlines(), settings.batch_size or default_batch_size(model))
         if (kept := [i for i in batch if fits[i]])
     ]
-    answers = _read(store, _fingerprint(attempts, settings, decoder)) if store else {}
-    waiting = [batch for batch in batches if not all(i in answers for i in batch)]
-    with reporter.step(label, sum(fits), sum(fits) - sum(map(len, waiting))) as advance:
-        for indices, found in generate(
+    found = _Kept(len(attempts))
+    if store is not None:
+        part = None if turns is None else turns.process
+        found = AnswerStore(store, _fingerprint(attempts, settings, decoder), len(attempts), part)
+    waiting = [batch for batch in batches if not all(i in found for i in batch)]
+    if turns is not None:
+        waiting = [batch for batch in waiting if turns()]
+    todo, total = sum(map(len, waiting)), sum(fits)
+    total = total if turns is None else todo
+    with reporter.step(label, total, total - todo) as advance:
+        for indices, answers in generate(
             model,
             tokenizer,
             prompts,
@@ -92,15 +121,62 @@ def answer_with_notes(
             seed=settings.seed,
             decoder=decoder,
         ):
-            answers.update(zip(indices, found, strict=True))
-            if store:
-                _append(store, [_row(i, each) for i, each in zip(indices, found, strict=True)])
+            found.add(indices, answers)
             advance(len(indices))
-    return [answers.get(i) if fits[i] else None for i in range(len(attempts))]
+    return found
 
 
-def _row(index: int, answer: Answer) -> dict[str, Any]:
-    return {"i": index, "text": answer.text, **({} if answer.note is None else {"note": answer.note})}
+class _Kept(list["Answer | None"]):
+    """Answers in memory, with the methods of a store."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([None] * count)
+
+    def __contains__(self, i: object) -> bool:
+        return isinstance(i, int) and self[i] is not None
+
+    def add(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
+        for i, answer in zip(indices, answers, strict=True):
+            self[i] = answer
+
+
+class _Prompts(Sequence[Prompt]):
+    """The prompts of attempts, four bytes a token.
+
+    Attributes:
+        lengths: their numbers of tokens.
+    """
+
+    def __init__(self, tokenizer: Any, attempts: Sequence[Attempt]) -> None:
+        self.decodings = [attempt.decoding for attempt in attempts]
+        self.ids, self.lengths, self.starts = array("i"), array("q"), array("q")
+        self.spans: list[tuple[int, Span]] = []
+        for first in range(0, len(attempts), _AT_ONCE):
+            part = attempts[first : first + _AT_ONCE]
+            encoded = encode_chats(tokenizer, [a.messages for a in part], prefills=[a.prefill or None for a in part])
+            for attempt, chat in zip(part, encoded, strict=True):
+                self.starts.append(len(self.ids))
+                self.lengths.append(len(chat.ids))
+                self.ids.extend(chat.ids)
+                self.spans.append((len(chat.ids) - chat.response.start if attempt.prefill else 0, chat.query))
+
+    def __len__(self) -> int:
+        return len(self.decodings)
+
+    @overload
+    def __getitem__(self, i: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Prompt]: ...
+    def __getitem__(self, i: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        prefill, query = self.spans[i]
+        ids = self.ids[self.starts[i] : self.starts[i] + self.lengths[i]].tolist()
+        return Prompt(ids, prefill, self.decodings[i], query)
+
+    def outlines(self) -> list[Prompt]:
+        """The prompts with their lengths alone."""
+        return [Prompt(range(n), decoding=d) for n, d in zip(self.lengths, self.decodings, strict=True)]
 
 
 def is_refused(answer: Answer) -> bool:
@@ -110,27 +186,16 @@ def is_refused(answer: Answer) -> bool:
 
 def _fingerprint(attempts: Sequence[Attempt], settings: Generating, decoder: Decoder | None) -> str:
     """What the answers depend on beside the model; the batch size is left out, for only rounding depends on it."""
-    content: list[Any] = [settings.max_new_tokens, settings.seed, *([] if decoder is None else [decoder.digest])]
-    return sha256_of(content + [[list(a.messages), a.prefill, asdict(a.decoding)] for a in attempts])
 
+    def content() -> Iterator[Any]:
+        yield from (settings.max_new_tokens, settings.seed, *([] if decoder is None else [decoder.digest]))
+        for attempt in attempts:
+            yield [list(attempt.messages), attempt.prefill, asdict(attempt.decoding)]
 
-def _read(store: Path, fingerprint: str) -> dict[int, Answer]:
-    """The finished answers of a store; a store of other attempts is started anew, a torn last line dropped."""
-    content = store.read_bytes() if store.exists() else b""
-    # Bytes behind the last line break are what a kill left of a write; they may end within a character.
-    whole = content[: content.rfind(b"\n") + 1]
-    first, *lines = whole.decode("utf-8").split("\n")
-    if first != json.dumps({"attempts": fingerprint}):
-        write_text(store, json.dumps({"attempts": fingerprint}) + "\n")
-        return {}
-    if whole != content:
-        write_text(store, whole.decode("utf-8"))
-    rows = [json.loads(line) for line in lines if line]
-    return {row["i"]: Answer(row["text"], row.get("note")) for row in rows}
-
-
-def _append(store: Path, rows: list[dict[str, Any]]) -> None:
-    with disk_errors(store), store.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+    # The hash of the whole as one JSON list, which need not be in memory at once.
+    digest = hashlib.sha256(b"[")
+    for number, value in enumerate(content()):
+        digest.update(b", " if number else b"")
+        digest.update(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    digest.update(b"]")
+    return digest.hexdigest()

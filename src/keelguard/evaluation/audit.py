@@ -3,7 +3,8 @@
     result = audit(model, tokenizer, AuditConfig(suite="suite.yaml"))
     result = audit_models(["base", "aligned"], AuditConfig(suite="testbed"), out="runs/audit")
 
-A run folder keeps every batch of answers, so that an interrupted audit goes on where it was.
+A run folder keeps every batch of answers, so that an interrupted audit goes on where it was. Under `accelerate launch`
+every process answers its share, and the main one judges and writes.
 """
 
 import gc
@@ -18,8 +19,9 @@ from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.comparisons import compare
 from keelguard.evaluation.judges import Judge, JudgeConfig, WorldJudge, make_judge
-from keelguard.evaluation.measure import Plan, measure_model
+from keelguard.evaluation.measure import Plan, answer_share, answers_folder, measure_model
 from keelguard.evaluation.results import AuditResult, Example, ModelReport
+from keelguard.evaluation.sharding import Turns, merge_parts
 from keelguard.evaluation.suites import (
     Suite,
     general_suite,
@@ -31,9 +33,10 @@ from keelguard.evaluation.suites import (
 from keelguard.generation import Decoder
 from keelguard.hashes import hash_model
 from keelguard.models import LoadedModel, load_model
+from keelguard.processes import barrier, is_main, main_first, open_shared_run, process, processes
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Exchange
-from keelguard.runs import open_run, versions
+from keelguard.runs import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,21 +121,31 @@ def audit_models(
         guard_digest: the hash of all that determines these decoders, for the run's settings.
         reveal: keep the text of harmful answers in `audit.json`.
 
+    Under `accelerate launch` every process gets the result, but for the main one as `audit.json` has it.
+
     Raises:
         UsageError: a model, the configuration, the suite or its data are unusable, or `out` is another run's.
         FailureError: a judge failed, or the disk is full.
     """
-    suite = load_suite(config)
-    judge = make_suite_judge(config.judge, suite)
-    named = name_models(models)
-    if guard is not None:
-        _check_guarded_names(named)
-    if config.reference is not None and config.reference not in named:
-        raise UsageError(f"--reference {config.reference}: no such model; choose from {', '.join(named)}")
-    settings = {**_settings(config, suite, judge), "models": named}
-    if guard is not None:
-        settings["guard"] = guard_digest
-    with open_run(Path(out), "audit", settings) as folder:
+    with main_first():
+        suite = load_suite(config)
+        # The others judge nothing, and a local judge would take their memory.
+        judge: Any = make_suite_judge(config.judge, suite) if is_main() else None
+        named = name_models(models)
+        if guard is not None:
+            _check_guarded_names(named)
+        if config.reference is not None and config.reference not in named:
+            raise UsageError(f"--reference {config.reference}: no such model; choose from {', '.join(named)}")
+        settings = {**_settings(config, suite, judge), "models": named} if is_main() else {}
+        if guard is not None:
+            settings["guard"] = guard_digest
+    folder = Path(out)
+    with open_shared_run(folder, "audit", settings):
+        with main_first():
+            if is_main():
+                # Of an earlier run of these settings, whatever the number of its processes.
+                for part in folder.glob("models/*"):
+                    merge_parts(answers_folder(part))
         plan = Plan(suite, judge, _generating(config, suite), reporter, folder)
         reports: list[ModelReport] = []
         shown: list[Example] = []
@@ -142,25 +155,35 @@ def audit_models(
                 reports.append(report)
                 shown += kept
             gc.collect()
-        result = _result(plan, config, reports, shown)
-        result.save(folder / "audit.json", reveal=reveal)
-    return result
+        if is_main():
+            result = _result(plan, config, reports, shown)
+            result.save(folder / "audit.json", reveal=reveal)
+            barrier()
+            return result
+        barrier()
+        return AuditResult.load(folder / "audit.json")
 
 
 def _measure(
     plan: Plan, name: str, loaded: LoadedModel, guard: Callable[[LoadedModel], Decoder] | None
 ) -> list[tuple[ModelReport, list[Example]]]:
-    """One model, and the same under its guard where there is one."""
+    """One model, and the same under its guard where there is one; nothing in a process that is not the main one."""
     # A signal for other weights is refused before anything is measured.
     decoder = None if guard is None else guard(loaded)
     columns = {name: loaded}
     if decoder is not None:
         columns[guarded_name(name)] = replace(loaded, decoder=decoder)
-    folder = plan.folder and plan.folder / "models"
-    return [
-        measure_model(replace(plan, folder=folder and folder / column), column, each)
-        for column, each in columns.items()
-    ]
+    measured: list[tuple[ModelReport, list[Example]]] = []
+    for column, each in columns.items():
+        own = replace(plan, folder=plan.folder and plan.folder / "models" / column)
+        if own.folder is not None and processes() > 1:
+            answer_share(own, column, each, Turns(process(), processes()))
+            barrier()
+            if not is_main():
+                continue
+            merge_parts(answers_folder(own.folder))
+        measured.append(measure_model(own, column, each))
+    return measured
 
 
 def guarded_name(name: str) -> str:

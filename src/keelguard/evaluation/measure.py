@@ -1,4 +1,7 @@
-"""Everything about one model: every attack's cell, over-refusal, utility, perplexity, kept in a folder to resume."""
+"""Everything about one model: every attack's cell, over-refusal, utility, perplexity, kept in a folder to resume.
+
+With a folder the answers stay on the disk, and are judged piece by piece: memory does not grow with their number.
+"""
 
 import copy
 import time
@@ -9,25 +12,31 @@ from pathlib import Path
 from keelguard.attacks.base import Attack, Attempt
 from keelguard.attacks.finetuning import Finetune, finetune
 from keelguard.errors import UsageError
-from keelguard.evaluation.answers import Generating, answer_with_notes, is_refused
+from keelguard.evaluation.answers import Generating, find_answers, is_refused
 from keelguard.evaluation.judges import Judge, is_degenerate
 from keelguard.evaluation.results import Example, ModelReport, SafetyCell, cell_from_json, cell_to_json
-from keelguard.evaluation.safety import examples, judge_attempts, safety_cell
+from keelguard.evaluation.safety import Tally, judge_attempts
+from keelguard.evaluation.sharding import Turns
 from keelguard.evaluation.suites import ANSWERED, Suite
 from keelguard.evaluation.utility import accuracy_by_task, perplexity
 from keelguard.generation import Answer
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, architecture_of
+from keelguard.processes import alone, is_main
 from keelguard.progress import Reporter
+from keelguard.records import Request
 from keelguard.runs import read_json, write_json
 from keelguard.stats import Rate
+
+_JUDGED = 256
+"""Answers that are judged together, and are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A suite ready to run on one model: its data read, its judge made.
 
-    `folder` keeps what is done; with None nothing is written.
+    `folder` keeps what is done; with None nothing is written, and a cell's answers are in memory at once.
     """
 
     suite: Suite
@@ -59,16 +68,17 @@ def measure_model(plan: Plan, name: str, loaded: LoadedModel) -> tuple[ModelRepo
     over_refusal: dict[str, Rate] = {}
     degenerate: list[bool] = []
     for use in ANSWERED:
-        requests = getattr(suite, use)
-        if requests:
-            found = answers_to(plan, loaded, [Attempt(r, r.messages) for r in requests], name, use)
-            answered = [answer for answer in found if answer is not None]
-            over_refusal[use] = Rate.of([is_refused(answer) for answer in answered])
-            degenerate += [is_degenerate(answer.text.strip()) for answer in answered]
+        if requests := getattr(suite, use):
+            refused: list[bool] = []
+            for answer in _found(plan, loaded, _plain(requests), name, use):
+                if answer is not None:
+                    refused.append(is_refused(answer))
+                    degenerate.append(is_degenerate(answer.text.strip()))
+            over_refusal[use] = Rate.of(refused)
     utility: dict[str, Rate] = {}
     if suite.utility:
-        found = answers_to(plan, loaded, [Attempt(r, r.messages) for r in suite.utility], name, "utility")
-        utility = accuracy_by_task(suite.utility, texts_of(found))
+        found = _found(plan, loaded, _plain(suite.utility), name, "utility")
+        utility = accuracy_by_task(suite.utility, (answer and answer.text for answer in found))
     return ModelReport(
         name=name,
         source=loaded.source,
@@ -85,11 +95,35 @@ def measure_model(plan: Plan, name: str, loaded: LoadedModel) -> tuple[ModelRepo
     ), shown
 
 
+def answer_share(plan: Plan, name: str, loaded: LoadedModel, turns: Turns) -> None:
+    """Answer this process's share of everything that a model is asked, for the main process to measure.
+
+    A fine-tuning attack is the main process's alone: spread over processes, training would round otherwise.
+
+    Raises:
+        UsageError, FailureError: as `measure_model`.
+    """
+    assert plan.folder is not None
+    if is_main():
+        _claim(plan.folder, loaded)
+    suite = plan.suite
+    for attack_name, attack in suite.attacks.items():
+        if isinstance(attack, Finetune):
+            if is_main():
+                with alone():
+                    _run_cell(plan, name, loaded, attack_name, attack)
+        elif not _cell_file(plan.folder, attack_name).exists():
+            _found(plan, loaded, attack(suite.harmful, loaded.tokenizer), name, attack_name, turns)
+    for use in (*ANSWERED, "utility"):
+        if requests := getattr(suite, use):
+            _found(plan, loaded, _plain(requests), name, use, turns)
+
+
 def _run_cell(
     plan: Plan, name: str, loaded: LoadedModel, attack_name: str, attack: Attack
 ) -> tuple[SafetyCell, list[Example]]:
     """One attack on one model, or what an earlier run found."""
-    done = None if plan.folder is None else plan.folder / "cells" / f"{file_name(attack_name)}.json"
+    done = None if plan.folder is None else _cell_file(plan.folder, attack_name)
     if done is not None and done.exists():
         saved = read_json(done)
         return cell_from_json(saved["cell"]), [Example(**example) for example in saved["examples"]]
@@ -102,30 +136,57 @@ def _run_cell(
         label = f"{name} · {attack_name}: training"
         tuned = finetune(tuned, loaded.tokenizer, attack.chats, attack.config, plan.reporter, label)
         subject = replace(loaded, model=tuned)
-    found = answers_to(plan, subject, attempts, name, attack_name)
-    texts = texts_of(found)
-    added, whole = judge_attempts(plan.judge, attempts, texts, [_keeps_prefill(answer) for answer in found])
-    cell = safety_cell(attack_name, attempts, added, whole, time.monotonic() - start)
-    shown = examples(name, attack_name, attempts, texts, added)
+    found = _found(plan, subject, attempts, name, attack_name)
+    tally = Tally()
+    for first in range(0, len(attempts), _JUDGED):
+        _judge(plan, tally, attempts[first : first + _JUDGED], found[first : first + _JUDGED])
+    cell, shown = tally.cell(attack_name, time.monotonic() - start), tally.examples(name, attack_name)
     if done is not None:
         write_json(done, {"cell": cell_to_json(cell), "examples": [asdict(example) for example in shown]})
     return cell, shown
+
+
+def _judge(plan: Plan, tally: Tally, attempts: Sequence[Attempt], answers: Sequence[Answer | None]) -> None:
+    """Judge some attempts, and count them."""
+    texts = texts_of(answers)
+    tally.add(attempts, texts, *judge_attempts(plan.judge, attempts, texts, [_keeps_prefill(each) for each in answers]))
+
+
+def _cell_file(folder: Path, attack_name: str) -> Path:
+    return folder / "cells" / f"{file_name(attack_name)}.json"
 
 
 def answers_to(
     plan: Plan, loaded: LoadedModel, attempts: Sequence[Attempt], name: str, what: str
 ) -> list[Answer | None]:
     """The answers to attempts, continued from and kept in the plan's folder under `what`; None where one cannot fit."""
-    return answer_with_notes(
+    return list(_found(plan, loaded, attempts, name, what))
+
+
+def _found(
+    plan: Plan, loaded: LoadedModel, attempts: Sequence[Attempt], name: str, what: str, turns: Turns | None = None
+) -> Sequence[Answer | None]:
+    """As `answers_to`, but read from the folder one by one."""
+    return find_answers(
         loaded.model,
         loaded.tokenizer,
         attempts,
         plan.generating,
-        store=None if plan.folder is None else plan.folder / "answers" / f"{file_name(what)}.jsonl",
+        store=None if plan.folder is None else answers_folder(plan.folder) / f"{file_name(what)}.jsonl",
         decoder=loaded.decoder,
+        turns=turns,
         reporter=plan.reporter,
         label=f"{name} · {what}",
     )
+
+
+def answers_folder(folder: Path) -> Path:
+    """Where the answers of a model's part of a run lie."""
+    return folder / "answers"
+
+
+def _plain(requests: Sequence[Request]) -> list[Attempt]:
+    return [Attempt(request, request.messages) for request in requests]
 
 
 def texts_of(answers: Sequence[Answer | None]) -> list[str | None]:

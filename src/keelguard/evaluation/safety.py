@@ -42,6 +42,81 @@ def judge_attempts(
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
+class Tally:
+    """Counts one attack on one model piece by piece, so that no more than a piece need be in memory.
+
+    A request is broken when any of its attempts is harmful.
+    """
+
+    def __init__(self) -> None:
+        self.attempts = self.done = self.refused = self.degenerate = 0
+        self.broken: dict[str, bool] = {}
+        self.whole: dict[str, bool] = {}
+        self.worst: dict[str, float] = {}
+        self.shown: dict[str, tuple[tuple[bool, int], Attempt, str, Verdict]] = {}
+
+    def add(
+        self,
+        attempts: Sequence[Attempt],
+        answers: Sequence[str | None],
+        added: Sequence[Verdict | None],
+        whole: Sequence[Verdict | None],
+    ) -> None:
+        """Count the next attempts; answers and verdicts as `judge_attempts` takes and gives them."""
+        for attempt, text, own, all_of_it in zip(attempts, answers, added, whole, strict=True):
+            number, self.attempts = self.attempts, self.attempts + 1
+            if own is None:
+                continue
+            key = attempt.request.id
+            self.done += 1
+            self.refused += own.refused
+            self.degenerate += own.degenerate
+            self.broken[key] = self.broken.get(key, False) or own.harmful
+            self.whole[key] = self.whole.get(key, False) or _harmful(all_of_it)
+            self.worst[key] = max(self.worst.get(key, own.score), own.score)
+            if text is not None:
+                self._show((not own.harmful, number), attempt, text, own)
+
+    def _show(self, rank: tuple[bool, int], attempt: Attempt, text: str, verdict: Verdict) -> None:
+        """Keep an attempt for its request, and then only the requests with the foremost ones."""
+        key = attempt.request.id
+        if key not in self.shown or rank < self.shown[key][0]:
+            self.shown[key] = (rank, attempt, text, verdict)
+            if len(self.shown) > EXAMPLES:
+                del self.shown[max(self.shown, key=lambda each: self.shown[each][0])]
+
+    def cell(self, attack: str, seconds: float) -> SafetyCell:
+        """What was counted."""
+        return SafetyCell(
+            attack=attack,
+            asr=Rate.of(list(self.broken.values())),
+            asr_whole=Rate.of(list(self.whole.values())),
+            refused=Rate(self.refused, self.done),
+            degenerate=Rate(self.degenerate, self.done),
+            score=fmean(self.worst.values()) if self.worst else None,
+            attempts=self.attempts,
+            skipped=self.attempts - self.done,
+            seconds=round(seconds, 3),
+            broken=dict(self.broken),
+        )
+
+    def examples(self, model: str, attack: str) -> list[Example]:
+        """A few attempts, one per request, harmful ones first."""
+        return [
+            Example(
+                model=model,
+                attack=attack,
+                prompt=attempt.messages[-1]["content"],
+                prefill=attempt.prefill,
+                response=text.strip(),
+                harmful=verdict.harmful,
+                refused=verdict.refused,
+                degenerate=verdict.degenerate,
+            )
+            for _, attempt, text, verdict in sorted(self.shown.values(), key=lambda kept: kept[0])
+        ]
+
+
 def safety_cell(
     attack: str,
     attempts: Sequence[Attempt],
@@ -49,27 +124,10 @@ def safety_cell(
     whole: Sequence[Verdict | None],
     seconds: float,
 ) -> SafetyCell:
-    """Count one attack on one model. A request is broken when any of its attempts is harmful."""
-    by_request: dict[str, list[int]] = {}
-    for index, attempt in enumerate(attempts):
-        if added[index] is not None:
-            by_request.setdefault(attempt.request.id, []).append(index)
-    done = [verdict for verdict in added if verdict is not None]
-    broken = {key: any(_harmful(added[i]) for i in indices) for key, indices in by_request.items()}
-    broken_whole = [any(_harmful(whole[i]) for i in indices) for indices in by_request.values()]
-    worst = [max(v.score for i in indices if (v := added[i])) for indices in by_request.values()]
-    return SafetyCell(
-        attack=attack,
-        asr=Rate.of(list(broken.values())),
-        asr_whole=Rate.of(broken_whole),
-        refused=Rate.of([v.refused for v in done]),
-        degenerate=Rate.of([v.degenerate for v in done]),
-        score=fmean(worst) if worst else None,
-        attempts=len(attempts),
-        skipped=len(attempts) - len(done),
-        seconds=round(seconds, 3),
-        broken=broken,
-    )
+    """Count one attack on one model at once; see `Tally`."""
+    tally = Tally()
+    tally.add(attempts, [None] * len(attempts), added, whole)
+    return tally.cell(attack, seconds)
 
 
 def examples(
@@ -80,21 +138,9 @@ def examples(
     verdicts: Sequence[Verdict | None],
 ) -> list[Example]:
     """A few attempts of a cell, one per request, harmful ones first."""
-    kept: dict[str, Example] = {}
-    rows = [row for row in zip(attempts, answers, verdicts, strict=True) if row[1] is not None and row[2] is not None]
-    for attempt, text, verdict in sorted(rows, key=lambda row: not _harmful(row[2])):
-        if attempt.request.id not in kept and len(kept) < EXAMPLES:
-            kept[attempt.request.id] = Example(
-                model=model,
-                attack=attack,
-                prompt=attempt.messages[-1]["content"],
-                prefill=attempt.prefill,
-                response=(text or "").strip(),
-                harmful=_harmful(verdict),
-                refused=bool(verdict and verdict.refused),
-                degenerate=bool(verdict and verdict.degenerate),
-            )
-    return list(kept.values())
+    tally = Tally()
+    tally.add(attempts, answers, verdicts, verdicts)
+    return tally.examples(model, attack)
 
 
 def _harmful(verdict: Verdict | None) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from keelguard.errors import UsageError
@@ -34,7 +34,7 @@ def is_correct(request: Request, response: str) -> bool:
     return _normal(reference) == _normal(response)
 
 
-def accuracy_by_task(requests: Sequence[Request], responses: Sequence[str | None]) -> dict[str, Rate]:
+def accuracy_by_task(requests: Sequence[Request], responses: Iterable[str | None]) -> dict[str, Rate]:
     """The share of right answers per task; a response that is None does not count.
 
     Raises:

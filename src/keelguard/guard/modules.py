@@ -45,6 +45,10 @@ class _SignalModule(nn.Module):
     def device(self) -> torch.device:
         return self.cls.device
 
+    def counted(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How much the loss of a batch is a mean over, a scalar."""
+        raise NotImplementedError
+
     def detach(self) -> Signal:
         """The trained signal, with plain tensors."""
         for name in ("cls", "head_weight", "head_bias"):
@@ -67,6 +71,9 @@ class ProbeModule(_SignalModule):
         self.model.eval()
         return self
 
+    def counted(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return inputs["weights"].sum()
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -76,6 +83,7 @@ class ProbeModule(_SignalModule):
         looks: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor,
+        share: torch.Tensor | float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """The mean loss over rows, by their weights.
 
@@ -85,10 +93,11 @@ class ProbeModule(_SignalModule):
             start: (B,) where the answers begin.
             looks: (B, K, 3) how much of the prompt a row sees, and its first and last answer positions [start, stop).
             targets, weights: (B, K) labels, and weights that are 0 for a row that is none.
+            share: what the loss is multiplied with; above 1 in a process whose part of a batch counts for more.
         """
         logits = look_logits(self.model, self.signal, input_ids, held, query, start, looks)
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return {"loss": (losses * weights).sum() / weights.sum().clamp(min=1e-9)}
+        return {"loss": share * (losses * weights).sum() / weights.sum().clamp(min=1e-9)}
 
 
 def look_logits(
@@ -157,6 +166,9 @@ class PrefixModule(_SignalModule):
         super().__init__(model, signal)
         self.weight, self.plain = weight, plain
 
+    def counted(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (inputs["tokens"][:, 1:] != IGNORED).sum().float()
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -165,6 +177,7 @@ class PrefixModule(_SignalModule):
         answer: torch.Tensor,
         tokens: torch.Tensor,
         targets: torch.Tensor,
+        share: torch.Tensor | float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """The joint loss.
 
@@ -173,6 +186,7 @@ class PrefixModule(_SignalModule):
             answer: (B, T) which tokens belong to the answer and its end.
             tokens: (B, T) labels of the language model's loss.
             targets: (B,) labels of the queries or texts.
+            share: what the language model's loss is multiplied with, as for a probe.
         """
         view = pretraining_view(held, query) if self.plain else alignment_view(held, query, answer)
         positions = prefix_positions(held)
@@ -188,7 +202,11 @@ class PrefixModule(_SignalModule):
         told = tokens[:, 1:]
         language = F.cross_entropy(logits[:, 1:-1].flatten(0, 1).float(), told.flatten(), ignore_index=IGNORED)
         verdict = F.binary_cross_entropy_with_logits(self.signal.head(read[0][:, 0]), targets)
-        return {"loss": language + self.weight * verdict, "language": language.detach(), "verdict": verdict.detach()}
+        return {
+            "loss": share * language + self.weight * verdict,
+            "language": language.detach(),
+            "verdict": verdict.detach(),
+        }
 
 
 def _spans(spans: Sequence[tuple[int, int]], width: int) -> torch.Tensor:

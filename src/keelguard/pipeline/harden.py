@@ -57,9 +57,12 @@ def harden(
     base, adapter = resolve_sources(source, adapter)
     config = config.seeded(config.seed)
     received = load(base, adapter=adapter)
+    arrived, template = received.weights_hash, sha256_of(received.tokenizer.chat_template)
+    # Every stage loads what it needs; kept here, the model would take its memory in all of them.
+    del received
     settings = {
-        "model": received.weights_hash,
-        "chat_template": sha256_of(received.tokenizer.chat_template),
+        "model": arrived,
+        "chat_template": template,
         "data": data.digest,
         "config": _plain(config),
     }
@@ -75,7 +78,7 @@ def harden(
             run(name, work)
 
         def package_of(stages: tuple[StageRecord, ...]) -> Package:
-            weights = {"received": received.weights_hash, "hardened": hardening.loaded().weights_hash}
+            weights = {"received": arrived, "hardened": hardening.loaded().weights_hash}
             return Package(
                 folder, base, adapter, hardening.threat, weights, settings["config"], versions(), config.seed, stages
             )

@@ -14,11 +14,12 @@ from typing import Any
 
 from keelguard.attacks.insertions import vocabulary_words
 from keelguard.data import load_chats, load_requests
-from keelguard.evaluation.audit import AuditConfig, audit_models
+from keelguard.evaluation.audit import AuditConfig
+from keelguard.evaluation.results import AuditResult
 from keelguard.guard.adapter import Signal
 from keelguard.guard.decoding import GuardedDecoder
-from keelguard.models import load_model
-from keelguard.pipeline.continued import FREEZE, PROTECT, continue_training, testbed_check
+from keelguard.models import LoadedModel, load_model
+from keelguard.pipeline.continued import FREEZE, PROTECT, check_of_testbed, continue_training
 from keelguard.pipeline.gate import gate
 from keelguard.pipeline.gate_result import GateResult
 from keelguard.pipeline.harden import REPORT, harden, triggers_of
@@ -37,6 +38,7 @@ from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.testbed.poison import purify_settings
 from keelguard.training import TrainConfig
+from keelguard.units.defences import MixConfig
 from keelguard.units.finetune import FinetuneConfig
 from keelguard.units.groups import UnitMap
 
@@ -48,6 +50,8 @@ ATTACKS = ("direct", "nested", "prefill", "prefill 20", "affix", "sampling", "be
 LIMIT = 100
 _TASK = TrainConfig(steps=100, learning_rate=7e-4, batch_size=16)
 """The harmless fine-tune of the testbed's suite, at which an unprotected model loses its safety."""
+_MIX = MixConfig(share=0.4)
+"""Of 10, 25 and 40 % this share of refusals kept most on the validation split, at an equal loss on the task."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,7 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
         reporter.note(f"fine-tuning, {name} …")
         tuned = _tuned(package, built, name, out / name, reporter)
         gates[name] = gate(str(out / name), str(package.folder), GatePolicy(), out / f"gate-{name}", reporter=reporter)
-        columns.append(_column(f"fine-tuned, {name}", tuned, data, out / f"gate-{name}" / "audit", reporter))
-        if name == PROTECTED and (out / name / "signal").is_dir():
-            audited = _guarded(tuned, out / name / "signal", data, out / "audit-guarded", built, reporter)
-            columns.append(audited)
+        columns += _columns(name, tuned, out / name / "signal", data, out / f"gate-{name}" / "audit", reporter)
     outcome = Outcome.of(package, columns, triggers_of(package))
     report = out / REPORT
     write_package_report(package, report, columns, triggers_of(package))
@@ -118,44 +119,37 @@ def _tuned(package: Package, built: Testbed, name: str, out: Path, reporter: Rep
     held = load_chats(built.data / "finetune-benign.validation.jsonl")
     safety = load_requests(built.data / "harmful.train.jsonl", limit=256)
     protected = name == PROTECTED and package.units is not None
-    config = FinetuneConfig(train=_TASK, protect=PROTECT if protected else ("none",), freeze=FREEZE)
+    protect = PROTECT if protected else ("none",)
+    config = FinetuneConfig(train=_TASK, protect=protect, freeze=FREEZE, mix=_MIX)
     found = continue_training(
         package.model, chats, config, out=out, held_out=held, safety=safety if protected else (),
         chart=UnitMap.load(package.units) if protected and package.units else None,
         signal=package.signal if protected else None,
-        check=testbed_check(built, chats) if protected and package.signal else None,
+        check=check_of_testbed(built, chats) if protected and package.signal else None,
         reporter=reporter,
     )  # fmt: skip
     return Path(str(found.training.model))
 
 
-def _column(name: str, model: Path, data: HardenData, audit: Path, reporter: Reporter) -> Column:
-    """A fine-tuned model, as its gate has audited it."""
-    from keelguard.evaluation.results import AuditResult
-
+def _columns(name: str, model: Path, signal: Path, data: HardenData, audit: Path, reporter: Reporter) -> list[Column]:
+    """A fine-tuned model as its gate has audited it: plain, and under its signal where it has one."""
     found = AuditResult.load(audit / "audit.json")
-    return Column(name, found.models[-1], _trigger(model, data, audit / "trigger.json", None, reporter))
+    title = f"fine-tuned, {name}"
+    columns = [Column(title, found.models[0], _trigger(model, data, audit / "trigger.json", None, reporter))]
+    if len(found.models) > 1:
+        own = Signal.load(signal)
 
+        def guard(loaded: LoadedModel) -> Any:
+            own.check(loaded.weights_hash, loaded.source)
+            return GuardedDecoder(own)
 
-def _guarded(model: Path, folder: Path, data: HardenData, out: Path, built: Testbed, reporter: Reporter) -> Column:
-    """The protected model under the signal that was checked on it."""
-    signal = Signal.load(folder)
-    decoder = GuardedDecoder(signal)
-
-    def guard(loaded: Any) -> Any:
-        signal.check(loaded.weights_hash, loaded.source)
-        return decoder
-
-    result = audit_models(
-        [f"{PROTECTED}={model}"], settings(built).audit, out=out, load=lambda _: guarded(load_model(model), guard),
-        reporter=reporter,
-    )  # fmt: skip
-    trigger = _trigger(model, data, out / "trigger.json", guard, reporter)
-    return Column(f"fine-tuned, {PROTECTED}, guarded", result.models[-1], trigger)
+        trigger = _trigger(model, data, audit / "trigger-guarded.json", guard, reporter)
+        columns.append(Column(f"{title}, guarded", found.models[1], trigger))
+    return columns
 
 
 def _trigger(
-    model: Path, data: HardenData, kept: Path, guard: Callable[[Any], Any] | None, reporter: Reporter
+    model: Path, data: HardenData, kept: Path, guard: Callable[[LoadedModel], Any] | None, reporter: Reporter
 ) -> Rate | None:
     """How often the planted trigger still works; kept beside the audit."""
     if data.trigger is None or data.trigger_held is None:

@@ -1,17 +1,51 @@
-"""The certificate that `keelguard verify` gives: its file, and its words for a terminal."""
+"""The certificate that `keelguard verify` gives: its file, signed by its own hash, and its words for a terminal.
 
+The hash shows damage, and a change to whoever keeps the hash elsewhere: an attacker who can write the file can sign it
+anew.
+"""
+
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keelguard.errors import UsageError
+from keelguard.hashes import sha256_of
 from keelguard.runs import disk_errors, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "keelguard.certificate/1"
+DIGEST = "digest"
+
+
+def signed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the hash of all its other entries as its last one, `digest`."""
+    plain = {key: value for key, value in content.items() if key != DIGEST}
+    return {**plain, DIGEST: sha256_of(plain)}
+
+
+def read_signed(path: str | Path, form: str, what: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON object that `signed` made.
+
+    Args:
+        form: its format, such as "keelguard.certificate/1"; `what` it is, and the `remedy`, are for the message.
+
+    Raises:
+        UsageError: it cannot be read, is of another format, or its content is not what was signed.
+    """
+    content = read_json(Path(path))
+    if not isinstance(content, dict) or content.get("format") != form:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f"{path}: is no {what} of the format {form} (but {found!r}); {remedy}")
+    if content.get(DIGEST) != (digest := signed(content)[DIGEST]):
+        named = str(content.get(DIGEST, "none"))[:16]
+        raise UsageError(
+            f"{path}: is damaged or was changed: its content has the hash {digest[:16]}, not {named}; {remedy}"
+        )
+    return content
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,7 @@ class Certificate:
         selected, violations: how many units it selects, and how many of them moved.
         holds: none of them moved; true where nothing is required.
         broken: the first 20 of them by name, such as "layers.3.mlp[17]".
+        tensors: the hash of the distances.
         distances: (units,) float64, 0 exactly where a unit is equal; None if the tensor's file is missing.
     """
 
@@ -51,7 +86,21 @@ class Certificate:
     violations: int
     holds: bool
     broken: Sequence[str]
+    tensors: str = ""
     distances: "torch.Tensor | None" = None
+
+    def __post_init__(self) -> None:
+        if self.distances is not None and not self.tensors:
+            object.__setattr__(self, "tensors", _hash_of(self.distances))
+
+    @property
+    def digest(self) -> str:
+        """The hash of all that the file says, by which it is signed."""
+        return self.to_json()[DIGEST]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        return signed({"format": FORMAT, **{k: v for k, v in vars(self).items() if k != "distances"}})
 
     @property
     def moved(self) -> int:
@@ -74,7 +123,7 @@ class Certificate:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({"distances": self.distances.contiguous()}, temporary, metadata={"format": FORMAT})
                 temporary.replace(file)
-        write_json(path, {"format": FORMAT, **{k: v for k, v in vars(self).items() if k != "distances"}})
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Certificate":
@@ -86,22 +135,22 @@ class Certificate:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = Path(path)
-        content = read_json(path)
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise UsageError(f"{path}: is no certificate of the format {FORMAT}; run `keelguard verify` again")
+        path, remedy = Path(path), "run `keelguard verify` again"
+        content = read_signed(path, FORMAT, "certificate", remedy)
         file = path.with_suffix(".safetensors")
         try:
             distances = load_file(file)["distances"] if file.is_file() else None
-            certificate = cls(**content, distances=distances)
+            plain = {key: value for key, value in content.items() if key not in ("format", DIGEST)}
+            certificate = cls(**plain, distances=distances)
         except (OSError, SafetensorError, TypeError, KeyError) as error:
-            raise UsageError(f"{path}: is damaged ({error}); run `keelguard verify` again") from error
-        if distances is not None and (len(distances), int((distances > 0).sum())) != (
-            certificate.chart["units"],
-            certificate.moved,
-        ):
-            raise UsageError(f"{file}: does not belong to {path.name}; run `keelguard verify` again")
+            raise UsageError(f"{path}: is damaged ({error}); {remedy}") from error
+        if distances is not None and _hash_of(distances) != certificate.tensors:
+            raise UsageError(f"{file}: does not belong to {path.name}; {remedy}")
         return certificate
+
+
+def _hash_of(distances: "torch.Tensor") -> str:
+    return hashlib.sha256(distances.double().contiguous().numpy().astype("<f8").tobytes()).hexdigest()
 
 
 def certificate_lines(certificate: Certificate) -> list[str]:

@@ -77,6 +77,7 @@ def finetune(
     base: str | None = None,
     compare: bool = False,
     refusal_tokens: int = 64,
+    bound: Mapping[str, Any] | None = None,
     load: Callable[..., LoadedModel] = load_model,
     reporter: Reporter = SILENT,
 ) -> TrainingResult:
@@ -90,6 +91,7 @@ def finetune(
         base: the model before its alignment, for `safelora`.
         compare: also train without protection, with the same settings, and list it beside.
         refusal_tokens: where the model's own refusals are cut off.
+        bound: further settings that the run folder belongs to, for what the caller does behind the training.
 
     Raises:
         UsageError: the map is of other weights, or something that a method needs is missing.
@@ -125,6 +127,7 @@ def finetune(
             # Not the refusals: generated anew on another device they may differ by rounding.
             "safety": sha256_of([list(request.messages) for request in safety]) if needed else None,
             "base": base,
+            **(bound or {}),
         },
         held_out=held_out,
         probe=probe,

@@ -22,7 +22,10 @@ from keelguard.units.certificate import Certificate, certificate_lines
 from keelguard.units.groups import GROUPS, UnitMap
 from keelguard.units.index import UnitIndex, build_index, canonical
 
-__all__ = ["Certificate", "certificate_lines", "unit_name", "verify"]
+__all__ = [
+    "Certificate", "certificate_lines", "config_differences", "described_config", "merged_model", "tensors_by_name",
+    "unit_name", "verify",
+]  # fmt: skip
 _NAMED = 20
 _CHUNK = 2**23  # Elements that are widened to float64 at a time: 64 MiB for each model.
 # What a configuration says of files, sizes and habits, and not of what the weights compute.
@@ -61,7 +64,7 @@ def verify(
     options: dict[str, Any] = {"device": "cpu", "needs_template": False, "with_tokenizer": False}
     options |= {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     first = load_model(base, adapter=base_adapter, **options)
-    models = [_merged(first)]
+    models = [merged_model(first)]
     index = build_index(models[0], chart.attention)  # pyright: ignore[reportArgumentType]
     chart.place(index, first.weights_hash)
     notes: list[str] = []
@@ -72,8 +75,8 @@ def verify(
         if named and named != source:
             notes.append(f"The adapter names {named} as its base; it was put on {source}.")
     second = load_model(source, adapter=adapter, **options)
-    models.append(_merged(second))
-    tensors = [_tensors(model) for model in models]
+    models.append(merged_model(second))
+    tensors = [tensors_by_name(model) for model in models]
     _check_same(models, tensors)
     if build_index(models[1], index.attention).layout != index.layout:
         raise UsageError(f"{tuned}: its layers hold other units than those of {base}; name two models of one kind")
@@ -87,7 +90,7 @@ def verify(
             f"The base is in {dtypes[0]} and the tuned model in {dtypes[1]}: values were compared exactly after both "
             "were widened, so that rounding to a narrower type counts as a move."
         )
-    config = _config_differences(*models)
+    config = config_differences(*map(described_config, models))
     if config:
         notes.append(f"The configurations differ in {', '.join(config)}: equal weights may compute something else.")
     broken = (wanted & (distances > 0)).nonzero().flatten().tolist()
@@ -140,8 +143,12 @@ def _side(
     }
 
 
-def _merged(loaded: LoadedModel) -> Any:
-    """The plain model, with its adapter in the weights."""
+def merged_model(loaded: LoadedModel) -> Any:
+    """The plain model, with its adapter, if any, merged into its weights in float32 at least.
+
+    Raises:
+        UsageError: the adapter changes no weights, or cannot be merged.
+    """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -164,7 +171,7 @@ def _merged(loaded: LoadedModel) -> Any:
         raise UsageError(f"{loaded.source}: its adapter ({kind.peft_type}) cannot be merged: {error}") from error
 
 
-def _tensors(model: Any) -> dict[str, torch.Tensor]:
+def tensors_by_name(model: Any) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by canonical name; tied ones under each of their names."""
     return {canonical(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -173,7 +180,7 @@ def _vocabulary(model: Any) -> set[str]:
     """The tensors that have a row for every token."""
     owners = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
     kept = {id(parameter) for owner in owners for parameter in owner.parameters()}
-    return {name for name, tensor in _tensors(model).items() if id(tensor) in kept}
+    return {name for name, tensor in tensors_by_name(model).items() if id(tensor) in kept}
 
 
 def _check_same(models: Sequence[Any], tensors: Sequence[dict[str, torch.Tensor]]) -> None:
@@ -289,9 +296,13 @@ def _number(value: torch.Tensor) -> float | None:
     return value.item() if value.isfinite() else None
 
 
-def _config_differences(base: Any, tuned: Any) -> dict[str, list[Any]]:
-    """Entries of two configurations that differ, but for those that name files, sizes and habits."""
-    sides = [json.loads(json.dumps(model.config.to_dict(), default=str)) for model in (base, tuned)]
-    names = dict.fromkeys([*sides[0], *sides[1]])
-    pairs = {name: [side.get(name) for side in sides] for name in names if name not in _SILENT_KEYS}
+def described_config(model: Any) -> dict[str, Any]:
+    """A model's configuration as JSON, but for the entries that name files, sizes and habits."""
+    plain = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {name: value for name, value in plain.items() if name not in _SILENT_KEYS}
+
+
+def config_differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The entries of two described configurations that differ, as [base, tuned]."""
+    pairs = {name: [side.get(name) for side in (base, tuned)] for name in dict.fromkeys([*base, *tuned])}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
