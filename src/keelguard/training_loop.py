@@ -121,7 +121,8 @@ class ChatTrainer(Trainer):
         summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         parts = without_padding(inputs) if summed and self._may_split() else [inputs]
         # Each part is divided by the tokens of the whole batch, so that the parts add up to the batch's loss.
-        loss: Any = sum(super(ChatTrainer, self).compute_loss(model, part, False, num_items_in_batch) for part in parts)
+        losses: list[Any] = [super(ChatTrainer, self).compute_loss(model, p, False, num_items_in_batch) for p in parts]
+        loss: Any = sum(losses)
         # Methods add to the last part of an accumulated batch alone, so that a step counts them once.
         if self.accelerator.sync_gradients:
             terms = [term for method in self.methods if (term := method.loss(self.run)) is not None]

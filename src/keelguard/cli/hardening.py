@@ -75,8 +75,10 @@ def harden(
 
       keelguard harden ./base --adapter ./suspect-lora --clean-data prompts.jsonl --harmful bad.json --dry-run
     """
+    from dataclasses import replace
     from functools import partial
 
+    from keelguard.data import Columns
     from keelguard.models import check_source, load_model, resolve_sources
     from keelguard.pipeline.harden_config import HardenConfig, read_skips
 
@@ -89,12 +91,9 @@ def harden(
     HardenConfig(skip=skips)  # A wrong stage is refused before any data are read.
     data, settings = _material(
         model, base, used, reporter, known, clean_data, harmful, seed,
-        {"prompt": prompt_column, "messages": messages_column, "split": split}, answer_column,
+        Columns(prompt=prompt_column, messages=messages_column, split=split), answer_column,
     )  # fmt: skip
-    audit = settings.audit
-    from dataclasses import replace
-
-    audit = replace(audit, suite=suite or audit.suite, attacks=tuple(attack or ()), limit=limit)
+    audit = replace(settings.audit, suite=suite or settings.audit.suite, attacks=tuple(attack or ()), limit=limit)
     signal = replace(settings.signal, target=target)
     settings = replace(settings, audit=audit, signal=signal, skip=skips, seed=seed)
     if suite and data.audited:
@@ -117,9 +116,11 @@ def harden(
 
 def _material(
     model: str, base: str, used: str | None, reporter: Any, budget: Any, clean: list[str] | None,
-    harmful: list[str] | None, seed: int, columns: dict[str, str | None], answer: str | None,
+    harmful: list[str] | None, seed: int, columns: Any, answer: str | None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The data of a hardening, and the settings that go with them."""
+    from dataclasses import replace
+
     from keelguard.errors import UsageError
     from keelguard.evaluation.audit import AuditConfig
     from keelguard.pipeline.harden_config import HardenConfig
@@ -131,7 +132,8 @@ def _material(
             if not files:
                 raise UsageError(f"{option}: is missing; a hardening needs harmless and harmful requests, give both")
         announce_own(reporter, "--clean-data and --harmful", used, base)
-        data = of_files(read_requests(clean, answer=answer, **columns), read_requests(harmful, **columns), seed)
+        good = read_requests(clean, replace(columns, answer=answer))
+        data = of_files(good, read_requests(harmful, columns), seed)
         return data, HardenConfig(purify=preset(budget))
     from keelguard.testbed.build import RECIPE_FILE
     from keelguard.testbed.poison import purify_settings
