@@ -163,7 +163,11 @@ def _lengths(case: Case) -> CostSettings:
 
 
 def _cost(case: Case, name: str, settings: CostSettings) -> StageCost:
-    return next(cost for cost in estimate(inspect_model(str(case.model)), None, settings) if cost.name == name)
+    return _named(estimate(inspect_model(str(case.model)), None, settings), name)
+
+
+def _named(costs: Sequence[StageCost], name: str) -> StageCost:
+    return next(cost for cost in costs if cost.name == name)
 
 
 def _audit(case: Case, folder: Path) -> StageCost:
@@ -272,11 +276,13 @@ def _real_table(name: str) -> str:
     costs = estimate_harden(found, HardenConfig(purify=preset("standard")))
     adapter = replace(found, adapter="adapter", adapter_parameters=_lora(REAL[name]))
     only = {cost.name: cost for cost in estimate_harden(adapter, HardenConfig(purify=preset("standard")))}
-    sharded = CostSettings(checkpointing=True, shards=8)
-    spread = next(cost for cost in estimate(found, None, sharded) if cost.shards > 1)
+    more = {
+        "finetune, FSDP2 on 8 with checkpointing, each": CostSettings(checkpointing=True, shards=8),
+        "finetune, LoRA of rank 16 in bfloat16 with checkpointing": CostSettings(checkpointing=True, tune_rank=16),
+    }
     rows = [_row(cost.name, cost) for cost in costs]
     rows.append(_row("purify, an adapter of rank 16 alone", only["purify"]))
-    rows.append(_row("finetune, FSDP2 on 8 with checkpointing, each", spread))
+    rows += [_row(label, _named(estimate(found, None, s), "finetune, protected")) for label, s in more.items()]
     return markdown(["", "device (GiB)", "host besides (GiB)", "10¹⁵ FLOP", "hours at 10¹⁴ FLOP/s"], rows)
 
 

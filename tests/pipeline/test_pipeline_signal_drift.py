@@ -371,7 +371,7 @@ def test_each_remedy_follows_where_the_one_before_was_not_enough(
     assert signal.weights == "0" * 64
     if outcome == "failed":
         assert found.signal is None
-        assert found.reason == "at best (as it was) it is beyond its limits in query: malicious missed"
+        assert found.reason == "at best (as it was) it is beyond limits in query: malicious missed"
     else:
         assert found.signal is not None
         assert found.signal.weights == "1" * 64

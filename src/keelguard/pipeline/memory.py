@@ -15,6 +15,8 @@ from keelguard.pipeline.inspection import Inspection
 from keelguard.pipeline.sizes import FLOAT, Sizes, training
 
 GIB = 2**30
+_LOSS_ROWS = 16
+"""Chats per batch of `training.chat_loss`."""
 DECODING = 4.0
 """What a generated token costs more than one that is read: decoding waits for memory."""
 
@@ -58,6 +60,7 @@ class CostSettings:
     own_answers: int = field(default=3000, metadata={"help": "answers that the signal's material and thresholds need"})
     tune_rows: int = 16
     tune_steps: int = 500
+    tune_rank: int = field(default=0, metadata={"help": "rank of a fine-tune's LoRA; 0 trains everything in float32"})
     frozen: float = field(default=0.07, metadata={"help": "share of the units that a fine-tune freezes"})
     checkpointing: bool = field(default=False, metadata={"help": "whether a fine-tune computes activations twice"})
     shards: int = field(default=1, metadata={"help": "devices over which FSDP2 shards a fine-tune"})
@@ -154,7 +157,7 @@ def _audit(name: str, sizes: Sizes, s: CostSettings) -> StageCost:
     peak = {"weights": sizes.weights, **_generation(sizes, rows, s.prompt, s.answer)}
     if s.attack_steps:
         # The attack trains a copy, and the next one must meet the model as it was.
-        tuned = training(sizes, s.attack_rows * s.chat, s.attack_rows * s.chat)
+        tuned = training(sizes, s.attack_rows * s.chat)
         peak = _largest(peak, {"copies": sizes.weights, **tuned})
     return StageCost(
         name, peak, read=s.asked * s.prompt, generated=s.asked * s.answer,
@@ -164,7 +167,7 @@ def _audit(name: str, sizes: Sizes, s: CostSettings) -> StageCost:
 
 def _purify(sizes: Sizes, s: CostSettings, adapter: bool) -> StageCost:
     tokens = (s.rows + s.keep_rows) * s.chat
-    tuned = training(sizes, tokens, tokens, adapter=adapter)
+    tuned = training(sizes, tokens, adapter=sizes.adapter if adapter else 0)
     own = sizes.adapter if adapter else sizes.parameters
     searching = {"activations": sizes.reading(s.search_rows * s.chat, sizes.width)}
     whole = sizes.weights if adapter else sizes.parameters * FLOAT
@@ -192,9 +195,12 @@ def _diagnose(sizes: Sizes, s: CostSettings) -> StageCost:
     tokens = rows * s.chat
     scored = rows * (s.chat - s.prompt)
     statistics = 8 * s.groups * 2 * (sizes.channels + sizes.units)
+    # Units' activations are kept at all tokens for their gradients, and at scored ones for their moments.
+    kept = (tokens + scored) * sizes.layers * (sizes.queries + sizes.inner) * sizes.width
     pass_ = {
-        "activations": sizes.saved(tokens, sizes.width, frozen=True) + scored * sizes.channels * sizes.width,
-        "logits": 2 * scored * sizes.vocabulary * FLOAT,
+        "activations": sizes.saved(tokens, sizes.width, frozen=True) + sizes.backward(tokens, sizes.width) + kept,
+        # Scores with and without the wanted token, and the gradients of both, of their sum and of the logits.
+        "logits": scored * sizes.vocabulary * (sizes.width + 6 * FLOAT),
         "statistics": statistics,
     }
     asking = _generation(sizes, sizes.rows, s.prompt, s.answer)
@@ -212,7 +218,9 @@ def _guard(sizes: Sizes, s: CostSettings) -> StageCost:
     attention = 2 * sizes.layers * rows * keys * (sizes.values + sizes.queries) * sizes.width
     step = {
         "cache": sizes.cache(rows, s.chat),
-        "activations": sizes.saved(rows * looks, sizes.width, frozen=True) + attention,
+        "activations": sizes.saved(rows * looks, sizes.width, frozen=True)
+        + sizes.backward(rows * looks, sizes.width)
+        + attention,
         "signal": 4 * own * FLOAT,
     }
     asking = _generation(sizes, sizes.rows, s.prompt, s.answer)
@@ -224,10 +232,20 @@ def _guard(sizes: Sizes, s: CostSettings) -> StageCost:
 
 def _finetune(sizes: Sizes, s: CostSettings) -> StageCost:
     tokens = s.tune_rows * s.chat // s.shards
-    tuned = training(sizes, tokens, tokens, checkpointing=s.checkpointing, shards=s.shards)
-    held = {"frozen units": int(s.frozen * sizes.parameters) * FLOAT // s.shards}
-    # Sharded, the whole is put together in main memory before it is written.
-    host = {"checkpoint": sizes.parameters * FLOAT} if s.shards > 1 else {}
+    adapter = s.tune_rank * sizes.linear
+    options = {"adapter": adapter, "checkpointing": s.checkpointing, "shards": s.shards}
+    peak, host = training(sizes, tokens, **options), {}
+    if not adapter:
+        peak["frozen units"] = int(s.frozen * sizes.parameters) * FLOAT // s.shards
+    # Behind the training its loss is read, chats of either kind at once, with all their logits.
+    read, width = _LOSS_ROWS * s.chat, sizes.width if adapter else FLOAT
+    logits = sizes.logits(read, width) + read * sizes.vocabulary * FLOAT // 2
+    whole = {"weights": sizes.parameters * width, "activations": sizes.reading(read, width), "logits": logits}
+    if s.shards > 1:
+        # Every process loads the whole model, and the main one once more to measure it beside its shard.
+        whole["shard"] = sizes.parameters * FLOAT // s.shards
+        host = {"checkpoint": sizes.parameters * FLOAT}
     return StageCost(
-        "finetune, protected", {**tuned, **held}, host, trained=s.tune_steps * s.tune_rows * s.chat, shards=s.shards
-    )
+        "finetune, protected", _largest(peak, whole), host, trained=s.tune_steps * s.tune_rows * s.chat,
+        shards=s.shards,
+    )  # fmt: skip

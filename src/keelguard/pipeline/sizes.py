@@ -61,24 +61,35 @@ class Sizes:
             return tokens * (self.layers * self.hidden * width + layer + norm)
         return tokens * (self.layers * layer + norm)
 
+    def backward(self, tokens: int, width: int) -> int:
+        """What the backward pass of one layer holds beside what was saved: gradients at its inner and outer widths."""
+        return tokens * width * (5 * self.inner + 4 * self.hidden)
+
     def logits(self, tokens: int, width: int) -> int:
         """What a loss over the vocabulary holds: logits, log-probabilities, and in short formats a float32 copy."""
         return tokens * self.vocabulary * (2 * FLOAT if width == FLOAT else width + 2 * FLOAT)
 
 
 def training(
-    sizes: Sizes, tokens: int, logit_tokens: int, *, adapter: bool = False, checkpointing: bool = False, shards: int = 1
+    sizes: Sizes, tokens: int, *, adapter: int = 0, checkpointing: bool = False, shards: int = 1
 ) -> dict[str, int]:
-    """The device's bytes at the peak of a fine-tune: everything in float32, or an adapter on the weights as they are.
+    """A device's bytes at the peak of a fine-tune: everything in float32, or a LoRA on the weights as they are.
 
     Gradients come as activations go, so that the larger of the two counts.
+
+    Args:
+        tokens: of a batch; sharded, of one device's part of it.
+        adapter: the LoRA's values; 0 trains the whole model.
+        shards: the devices over which FSDP2 shards weights, gradients and moments.
     """
-    trained = sizes.adapter if adapter else sizes.parameters
-    width = sizes.width if adapter else FLOAT
-    weights = sizes.weights + trained * (FLOAT - sizes.width) if adapter else trained * FLOAT
-    saved, logits = sizes.saved(tokens, width, frozen=adapter, checkpointing=checkpointing), 0
-    logits = sizes.logits(logit_tokens, width)
-    gathered = 0 if shards == 1 else 2 * weights // sizes.layers
+    trained, width = (adapter, sizes.width) if adapter else (sizes.parameters, FLOAT)
+    # In bfloat16 most steps would be rounded away.
+    weights = sizes.parameters * width + (adapter * FLOAT if adapter else 0)
+    saved = sizes.saved(tokens, width, frozen=bool(adapter), checkpointing=checkpointing)
+    saved += sizes.backward(tokens, width)
+    logits = sizes.logits(tokens, width)
+    # Two layers are whole at a time: the one at work, and the one that is fetched meanwhile.
+    gathered = 2 * weights // sizes.layers if shards > 1 else 0
     gradients = trained * FLOAT // shards
     found = {"weights": weights // shards + gathered, "optimiser": 2 * trained * FLOAT // shards}
     if saved + logits > gradients:

@@ -4,7 +4,7 @@ finetune("model", chats, FinetuneConfig(protect=("freeze", "anchor")), out="runs
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def finetune(
     """
     if "safelora" in config.protect and base is None:
         raise UsageError("--protect safelora: needs the model before its alignment; name it with --base")
-    loaded = plain(load(source, training=True))
+    loaded = _plain_as_verified(load(source, training=True))
     index = build_index(loaded.model, chart.attention if chart else "head")  # pyright: ignore[reportArgumentType]
     if chart is not None:
         chart.place(index, loaded.weights_hash)
@@ -133,6 +133,17 @@ def finetune(
         probe=probe,
         reporter=reporter,
     )
+
+
+def _plain_as_verified(loaded: LoadedModel) -> LoadedModel:
+    """The model with its adapter merged on the CPU, as `verify` merges it: a GPU rounds the last bits otherwise, which
+    would move units that are to be bit-equal. A model that is spread over devices is merged where it lies."""
+    places = {parameter.device for parameter in loaded.model.parameters()}
+    if len(places) > 1 or not hasattr(loaded.model, "peft_config"):
+        return plain(loaded)
+    merged = plain(replace(loaded, model=loaded.model.to("cpu")))  # pyright: ignore[reportArgumentType]
+    merged.model.to(places.pop())  # pyright: ignore[reportArgumentType]
+    return merged
 
 
 def protections(

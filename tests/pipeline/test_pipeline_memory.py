@@ -1,0 +1,226 @@
+"""The memory model: what its parts count, how they grow, and that they agree with what autograd saves."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from keelguard.pipeline.harden_config import HardenConfig
+from keelguard.pipeline.inspection import Inspection, inspect_model
+from keelguard.pipeline.memory import DECODING, GIB, CostSettings, StageCost, estimate
+from keelguard.pipeline.sizes import FLOAT, Sizes, training
+from keelguard.pipeline.workload import estimate_harden, estimate_text, lengths_of, settings_of
+from keelguard.records import Request, user
+from tiny_models import fresh_model, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEVEN = Inspection(
+    source="7B", adapter=None, files={}, pickle_files=(), remote_code_files=(), architecture="LlamaForCausalLM",
+    parameters=6_738_415_616, adapter_parameters=0, dtype="bfloat16", chat_template=True,
+    shape={"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "key-value heads": 32, "head size": 128,
+           "experts": 0, "experts of a token": 0, "vocabulary": 32000, "context": 4096},
+    coverage={"units": "", "guard": "", "purify": ""},
+)  # fmt: skip
+WEIGHTS = 2 * SEVEN.parameters
+ADAPTED = replace(SEVEN, adapter="adapter", adapter_parameters=40_000_000)
+
+
+def by_name(found: Inspection = SEVEN, memory: int | None = None, **changes: Any) -> dict[str, StageCost]:
+    return {cost.name: cost for cost in estimate(found, memory, replace(CostSettings(), **changes))}
+
+
+# Parts
+
+
+def test_every_stage_of_a_hardening_has_a_cost():
+    assert list(by_name()) == [
+        "inspect", "audit", "purify", "diagnose", "guard", "audit with the signal", "package", "finetune, protected",
+    ]  # fmt: skip
+    for cost in by_name().values():
+        assert all(isinstance(size, int) and size >= 0 for size in [*cost.device.values(), *cost.host.values()])
+        assert json.loads(json.dumps(cost.to_json()))["device_bytes"] == cost.device_bytes
+    assert by_name()["inspect"].device_bytes == 0
+    assert "purify" not in by_name(purify=False)
+
+
+def test_what_is_asked_takes_weights_and_a_cache():
+    cost = by_name(audit_rows=16, prompt=100, answer=156)["audit"]
+    assert cost.device["weights"] == WEIGHTS
+    assert cost.device["cache"] == 2 * 32 * 4096 * 16 * 256 * 2
+    assert by_name(audit_rows=32, prompt=100, answer=156)["audit"].device["cache"] == 2 * cost.device["cache"]
+
+
+def test_a_fine_tune_keeps_weights_gradients_and_two_moments_in_float32():
+    few = by_name(tune_rows=1, chat=8)["finetune, protected"].device
+    assert few["weights"] == few["gradients"] == FLOAT * SEVEN.parameters
+    assert few["optimiser"] == 2 * FLOAT * SEVEN.parameters
+    # Gradients come as activations go: of many tokens the activations are the larger part.
+    many = by_name(tune_rows=16, chat=512)["finetune, protected"].device
+    assert "gradients" not in many
+    assert many["activations"] > FLOAT * SEVEN.parameters
+
+
+def test_a_purification_holds_the_models_that_it_compares():
+    """As it came, as it was written, and the copy with canaries and a copy of that, which trains."""
+    cost = by_name(rows=1, keep_rows=1, chat=8, search_rows=1)["purify"]
+    assert cost.device["copies"] == 2 * WEIGHTS + FLOAT * SEVEN.parameters
+    assert cost.device_bytes == 2 * WEIGHTS + (1 + 4) * FLOAT * SEVEN.parameters
+    without = by_name(rows=1, keep_rows=1, chat=8, search_rows=1, spike_steps=0)["purify"]
+    assert without.device["copies"] in (WEIGHTS, 2 * WEIGHTS)
+    assert without.device_bytes + without.host_bytes < cost.device_bytes
+
+
+def test_an_adapter_alone_costs_little_beside_its_base():
+    whole, alone = by_name(), by_name(ADAPTED)
+    assert alone["purify"].device_bytes < whole["purify"].device_bytes / 2
+    assert alone["purify"].device["optimiser"] == 2 * FLOAT * 40_000_000
+    assert alone["audit"].device["weights"] == WEIGHTS + 2 * 40_000_000
+
+
+def test_a_fine_tuning_attack_trains_a_copy():
+    assert by_name()["audit"].trained == 0
+    attacked = by_name(attack_steps=10)["audit"]
+    assert attacked.device["copies"] == WEIGHTS
+    assert attacked.device["optimiser"] == 2 * FLOAT * SEVEN.parameters
+    assert attacked.trained > 0
+
+
+def test_tokens_become_flops_and_hours():
+    audit = by_name(asked=1000, prompt=100, answer=200, filled=1.0)["audit"]
+    assert (audit.read, audit.generated, audit.trained) == (100_000, 200_000, 0)
+    assert audit.flops == 2 * SEVEN.parameters * (100_000 + DECODING * 200_000)
+    assert audit.hours(1e14) == pytest.approx(audit.flops / 1e14 / 3600)
+    tuned = by_name(tune_steps=10, tune_rows=4, chat=50, filled=0.5)["finetune, protected"]
+    assert tuned.trained == 1000
+    assert tuned.flops == 6 * SEVEN.parameters * 1000
+
+
+def test_idle_experts_count_for_memory_and_not_for_time():
+    shape = {**SEVEN.shape, "intermediate": 14336, "experts": 8, "experts of a token": 2}
+    mixed = Sizes(replace(SEVEN, parameters=46_702_792_704, shape=shape))
+    assert mixed.weights == 2 * 46_702_792_704
+    # Mixtral 8x7B is known to use 12.9 billion parameters for a token.
+    assert mixed.active == pytest.approx(12.9e9, rel=0.01)
+
+
+def test_what_does_not_fit_is_told():
+    small, large = by_name(memory=80 * GIB), by_name(memory=2000 * GIB)
+    assert small["audit"].fits
+    assert small["purify"].fits is False
+    assert all(cost.fits for cost in large.values())
+    assert by_name()["audit"].fits is None
+
+
+# What autograd saves
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kv", [2, 8])
+def test_activations_are_those_that_autograd_saves(tmp_path: Path, dtype: str, frozen: bool, kv: int):
+    config: Any = LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=kv, dtype=dtype, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    if frozen:
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights and 500 not in tensor.shape:
+            kept.setdefault(place, tensor)
+        return tensor
+
+    rows, tokens = 4, 32
+    ids, mask = torch.randint(0, 500, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, -3:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = model(input_ids=ids, attention_mask=mask, labels=None if frozen else ids, use_cache=False)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    sizes = Sizes(inspect_model(str(tmp_path)))
+    assert sizes.saved(rows * tokens, 4 if dtype == "float32" else 2, frozen) == pytest.approx(saved, rel=0.06)
+
+
+def test_a_trained_model_is_what_the_parts_count(tmp_path: Path):
+    """Weights, gradients and moments of a real optimiser step."""
+    tiny = fresh_model()
+    sizes = Sizes(inspect_model(str(tiny.save(tmp_path / "model"))))
+    optimiser = torch.optim.AdamW(tiny.model.parameters())
+    tiny.model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimiser.step()
+    found = training(sizes, 0)
+    parameters = list(tiny.model.parameters())
+    assert found["weights"] == sum(p.nbytes for p in parameters)
+    assert found["gradients"] == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    moments = [value.nbytes for state in optimiser.state.values() for name, value in state.items() if name != "step"]
+    assert found["optimiser"] == sum(moments)
+
+
+# What a hardening does
+
+
+def test_settings_come_from_the_stages_own():
+    config = HardenConfig()
+    found = settings_of(config)
+    assert (found.rounds, found.steps, found.rows) == (3, 80, 32)
+    assert found.spike_steps == config.purify.spikes.steps  # pyright: ignore[reportOptionalMemberAccess]
+    assert (found.guard_steps, found.looks) == (config.signal.steps, config.signal.looks)
+    assert found.answer == 256
+    assert found.attack_steps == 0
+    assert found.asked > config.audit.limit * 10
+    fewer = settings_of(replace(config, audit=replace(config.audit, attacks=("direct",), limit=10)))
+    assert fewer.asked < found.asked / 10
+    without = settings_of(replace(config, purify=replace(config.purify, spikes=None)))
+    assert without.spike_steps == 0
+
+
+def test_a_suite_with_fine_tuning_attacks_counts_their_training(tmp_path: Path):
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "one"}\n')
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("harmful: requests.jsonl\nattacks: [direct, {attack: finetune, chats: identity, steps: 7}]\n")
+    config = HardenConfig()
+    assert settings_of(replace(config, audit=replace(config.audit, suite=str(suite)))).attack_steps == 7
+
+
+def test_stages_that_are_left_out_have_no_cost():
+    config = HardenConfig(skip={"purify": "an adapter of our own", "audit-received": "done before"})
+    names = [cost.name for cost in estimate_harden(SEVEN, config)]
+    assert "purify" not in names
+    assert "audit" not in names
+    assert "audit with the signal" in names
+
+
+def test_lengths_are_those_of_the_requests(tmp_path: Path):
+    folder = tiny_model().save(tmp_path / "model")
+    long = Request("b", (user("Hello world, how are you?"),), answer="I am fine, thanks (ok).")
+    found = lengths_of(str(folder), [Request("a", (user("Hello"),)), long], answer=2)
+    assert found.prompt < found.chat < 80
+    assert 0.3 < found.filled < 1
+    assert lengths_of(str(tmp_path), [long], answer=2) == CostSettings()
+    assert lengths_of(str(folder), [], answer=2) == CostSettings()
+
+
+def test_the_text_says_what_is_flagged_and_what_does_not_fit():
+    odd = replace(
+        SEVEN, pickle_files=("pytorch_model.bin",), remote_code_files=("own.py",), chat_template=False,
+        coverage={**SEVEN.coverage, "units": "no such layers"},
+    )  # fmt: skip
+    text = estimate_text(odd, estimate_harden(odd, HardenConfig(), memory=80 * GIB), throughput=1e14)
+    for part in (
+        "6.74 billion parameters in bfloat16", "pytorch_model.bin: loading them can run code", "own.py: code",
+        "units: not covered, since no such layers", "--chat-template", "1e+14 FLOP/s", "Nothing was changed",
+    ):  # fmt: skip
+        assert part in text
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "DOES NOT FIT" in lines["purify"]
+    assert "DOES NOT FIT" not in lines["audit"]
