@@ -121,9 +121,18 @@ def build_model(architecture: str, vocab_size: int, seed: int = 3, **changes: An
 
 
 @cache
-def tiny_model(architecture: str = "llama") -> Tiny:
-    """A model of this architecture with its tokenizer. Shared: a test must not change it."""
+def _shared_model(architecture: str) -> Tiny:
     return fresh_model(architecture)
+
+
+def tiny_model(architecture: str = "llama") -> Tiny:
+    """A model of this architecture with its tokenizer. Shared: a test must not change it.
+
+    What freezes a model that it wraps (a guard does) is undone here, so that no test depends on the ones before it.
+    """
+    tiny = _shared_model(architecture)
+    tiny.model.requires_grad_(True)
+    return tiny
 
 
 def fresh_model(architecture: str = "llama", seed: int = 3, **changes: Any) -> Tiny:
