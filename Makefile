@@ -35,6 +35,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/units_cost.py
 	$(BIN)/python benchmarks/signal_quality.py
 	$(BIN)/python benchmarks/signal_overhead.py
+	$(BIN)/python benchmarks/purify_rounds.py
+	$(BIN)/python benchmarks/purify_quality.py
+	$(BIN)/python benchmarks/purify_cost.py
+	$(BIN)/python benchmarks/vaccine_why.py
+	$(BIN)/python benchmarks/continued.py
+	$(BIN)/python benchmarks/shift.py
+	$(BIN)/python benchmarks/memory.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -8,6 +8,7 @@ import typer
 
 from keelguard import __version__
 from keelguard.cli import (
+    aligning,
     answering,
     audits,
     benching,
@@ -42,7 +43,7 @@ for command in (
     hardening.harden,
     diagnosis.diagnose,
     tuning.finetune,
-    tuning.align,
+    aligning.align,
     diagnosis.verify,
     gating.gate,
     shifting.shift,

@@ -1,4 +1,4 @@
-"""`keelguard finetune` and `keelguard align`: training that keeps safety, and alignment inside a budget of units."""
+"""`keelguard finetune`: training that keeps safety."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,33 +15,36 @@ from keelguard.cli.options import (
     RemoteCode,
     Seed,
     announce,
-    check_probe,
     given,
     loader,
     main_reporter,
     one,
     testbed_data,
 )
+from keelguard.cli.training_options import (
+    Accumulation,
+    BatchSize,
+    Bf16,
+    Checkpointing,
+    Compare,
+    Data,
+    Decay,
+    Epochs,
+    HeldOut,
+    JudgedBy,
+    Limit,
+    Others,
+    Rate,
+    SaveEvery,
+    Scheduler,
+    Steps,
+    Suite,
+    Warmup,
+    print_training,
+    training_probe,
+    unless_given,
+)
 from keelguard.errors import FailureError, UsageError
-
-Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
-HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps; 0 counts by --epochs.")]
-Epochs = Annotated[float, typer.Option(help="Passes through the chats.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
-BatchSize = Annotated[int, typer.Option(help="Chats per step, over all processes and accumulation steps.")]
-Accumulation = Annotated[int, typer.Option(help="Parts that a step's batch is cut into, to save memory.")]
-Decay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
-Scheduler = Annotated[str, typer.Option(help="linear, cosine or constant.")]
-Warmup = Annotated[float, typer.Option(help="Share of the steps over which the rate rises.")]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0 keeps none.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
-Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory for time.")]
-Suite = Annotated[str, typer.Option(help="Suite that safety and utility are measured with.")]
-JudgedBy = Annotated[str, typer.Option(help="Judge of the answers: world or keyword. Default: the suite's.")]
-Limit = Annotated[int, typer.Option(help="Measure with at most this many requests of each kind.")]
-Others = Annotated[str, typer.Option(help="Embeddings, norms and head, which are no units: train or freeze.")]
-Compare = Annotated[bool, typer.Option("--compare", help="Also train without protection or budget, for the table.")]
 
 
 def finetune(
@@ -165,7 +168,7 @@ def finetune(
         if not suite:
             taken["suite"] = files.suite()
         # The budget of the suite's benign fine-tune, at which an unprotected model loses its safety.
-        taken |= _unless_given(context, steps=100, learning_rate=7e-4)
+        taken |= unless_given(context, steps=100, learning_rate=7e-4)
         data, held_out, safety = (
             [str(taken["data"])],
             held_out or one(taken["held_out"]),
@@ -215,112 +218,17 @@ def finetune(
         chart=UnitMap.load(own_units) if own_units else None,
         safety=taught,
         held_out=[chat for file in held_out or () for chat in load_chats(file)],
-        probe=_probe(suite, judge, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
+        probe=training_probe(suite, judge, limit, asked, "--suite, or --safety with 16 requests or more", reporter),
         base=base,
         compare=compare,
         load=loader(source.model, source.adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
     )
-    _print_training(found.training, out / "finetune.json")
+    print_training(found.training, out / "finetune.json")
     if own_units and "freeze" in settings.protect and is_main():
         named = "" if source.is_package and not units else f" --units {own_units} --require {settings.freeze}"
         typer.echo(f"certify: keelguard verify {model} {found.training.model}{named}")
     _print_recheck(found.recheck, out)
-
-
-def align(
-    context: typer.Context,
-    base: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of the model to align.")],
-    data: Data = [],  # noqa: B006
-    units: Annotated[Path | None, typer.Option(help="Unit map of BASE, from `keelguard diagnose --utility`.")] = None,
-    train: Annotated[
-        str, typer.Option(help="What trains: groups of the map (ru), random:0.2, magnitude:0.2, or all.")
-    ] = "ru",
-    out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/align"),
-    held_out: HeldOut = None,
-    compare: Compare = False,
-    suite: Suite = "",
-    judge: JudgedBy = "",
-    limit: Limit = 100,
-    others: Others = "freeze",
-    steps: Steps = 0,
-    epochs: Epochs = 1.0,
-    learning_rate: Rate = 2e-5,
-    batch_size: BatchSize = 16,
-    gradient_accumulation: Accumulation = 1,
-    weight_decay: Decay = 0.0,
-    scheduler: Scheduler = "linear",
-    warmup: Warmup = 0.0,
-    save_every: SaveEvery = 100,
-    bf16: Bf16 = False,
-    gradient_checkpointing: Checkpointing = False,
-    chat_template: ChatTemplate = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    seed: Seed = 0,
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Align a base model inside a budget of units, by default the redundant ones of its map.
-
-    Gradients and optimiser state exist for those units alone; everything else stays bit-equal. Writes OUT/model and
-    OUT/align.json. The base of the testbed brings its own data.
-
-    Examples:
-
-      keelguard diagnose ./my-base --utility chats.jsonl --ranking layer --out runs/budget
-
-      keelguard align ./my-base --data alignment.jsonl --units runs/budget --train ru --compare
-    """
-    from keelguard.data import load_chats
-    from keelguard.models import check_source, resolve_sources
-    from keelguard.training import TrainConfig
-    from keelguard.units.align import align as run
-    from keelguard.units.groups import UnitMap
-
-    reporter = main_reporter()
-    for part in filter(None, resolve_sources(base, None)):
-        check_source(part, allow_pickle)
-    if not data:
-        files = testbed_data(base, "--data FILE")
-        taken: dict[str, Any] = {"data": files.data / "alignment.train.jsonl"}
-        if not held_out:
-            taken["held_out"] = files.data / "alignment.validation.jsonl"
-        if not suite:
-            taken["suite"] = files.suite()
-        taken |= _unless_given(context, steps=300, learning_rate=1e-3)
-        data, held_out, suite = [str(taken["data"])], held_out or one(taken["held_out"]), suite or str(taken["suite"])
-        steps, learning_rate = taken.get("steps", steps), taken.get("learning_rate", learning_rate)
-        announce(reporter, files, taken)
-    result = run(
-        base,
-        [chat for source in data for chat in load_chats(source)],
-        TrainConfig(
-            steps=steps,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            weight_decay=weight_decay,
-            scheduler=scheduler,  # pyright: ignore[reportArgumentType]
-            warmup=warmup,
-            seed=seed,
-            save_every=save_every,
-            bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
-        ),
-        out=out,
-        chart=UnitMap.load(units) if units else None,
-        train=train,
-        others=others,  # pyright: ignore[reportArgumentType]
-        held_out=[chat for source in held_out or () for chat in load_chats(source)],
-        probe=_probe(suite, judge, limit, (), "--suite", reporter),
-        compare=compare,
-        load=loader(base, None, chat_template, dtype, device, allow_pickle, trust_remote_code),
-        reporter=reporter,
-    )
-    _print_training(result, out / "align.json")
 
 
 _READ_BY = {
@@ -346,13 +254,6 @@ def _refuse_unread(context: typer.Context, protect: str) -> None:
             raise UsageError(f"--{option}: only {reader} reads it; add that to --protect {protect}, or leave it out")
 
 
-def _unless_given(context: typer.Context, *, steps: int, learning_rate: float) -> dict[str, Any]:
-    """Defaults of a testbed's model for what neither the command line nor --config gives."""
-    named = {name for name in ("steps", "epochs", "learning_rate") if given(context, name)}
-    found = {} if named & {"steps", "epochs"} else {"steps": steps}
-    return found if "learning_rate" in named else {**found, "learning_rate": learning_rate}
-
-
 def _split(sources: Sequence[str], most: int, seed: int):
     """Harmful requests to hold on to, and others to measure with: those that a diagnosis reads, and those it leaves."""
     from keelguard.data import load_requests
@@ -360,18 +261,6 @@ def _split(sources: Sequence[str], most: int, seed: int):
 
     parts = [draw(load_requests(source), "safety", most, seed) for source in sources]
     return [r for taken, _ in parts for r in taken], [r for _, rest in parts for r in rest]
-
-
-def _probe(suite: str, judge: str, limit: int, harmful, remedy: str, reporter):
-    """What safety is measured with: a suite, or harmful requests that no method has seen; else nothing."""
-    from keelguard.units.evidence import ProofConfig, make_probe
-    from keelguard.units.material import FEWEST
-
-    check_probe(suite, limit, "name a suite file")
-    if not suite and len(harmful) < FEWEST:
-        reporter.note(f"safety is not measured; give {remedy}")
-        return None
-    return make_probe(ProofConfig(suite=suite, judge=judge, limit=limit), harmful, ())
 
 
 def _print_recheck(found, out: Path) -> None:
@@ -388,14 +277,3 @@ def _print_recheck(found, out: Path) -> None:
             f"train {out / 'model'}`, or fine-tune less: fewer steps, or a lower learning rate"
         )
     typer.echo(f"{out / 'signal'}: the signal for these weights, {found.outcome}")
-
-
-def _print_training(result, path: Path) -> None:
-    from rich.console import Console
-
-    from keelguard.processes import is_main
-    from keelguard.units.training import training_table
-
-    if is_main():
-        Console().print(training_table(result))
-        typer.echo(f"{result.model}: the new checkpoint; {path}: the figures")

@@ -7,7 +7,7 @@ from keelguard.plots import legible
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!$])")
 _START = re.compile(r"^([-+=]|\d+(?=[.)](?:\s|$)))")
 # An interval is no link unless something to link to follows.
-_INTERVAL = re.compile(r"\\\[([\d., −-]+)\\\](?![(\[:])")
+_INTERVAL = re.compile(r"\\\[([\d., −+-]+)\\\](?![(\[:])")
 
 
 def plain(text: str) -> str:

@@ -188,7 +188,7 @@ def _keep_round(model: Any, folder: Path | None, config: ImmunizeConfig, rounds:
     path = folder / f"round-{len(rounds)}.safetensors"
     with disk_errors(path):
         save_file({name: value.contiguous() for name, value in trained_values(model, adapter).items()}, path)
-    write_json(folder / _ROUNDS, {"config": asdict(config), "rounds": [asdict(each) for each in rounds]})
+    write_json(folder / _ROUNDS, {"config": _of_a_round(config), "rounds": [asdict(each) for each in rounds]})
     if len(rounds) > 1:
         (folder / f"round-{len(rounds) - 1}.safetensors").unlink(missing_ok=True)
 
@@ -202,9 +202,9 @@ def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig, adapter: s
     if folder is None or not (folder / _ROUNDS).is_file():
         return []
     kept = read_json(folder / _ROUNDS)
-    if kept["config"] != json.loads(json.dumps(asdict(config))):
-        raise UsageError(f"{folder}: holds rounds of other settings; remove the folder, or choose another --out")
     rounds = [round_from_json(each) for each in kept["rounds"]]
+    if kept["config"] != _of_a_round(config) or len(rounds) > config.rounds:
+        raise UsageError(f"{folder}: holds rounds of other settings; remove the folder, or choose another --out")
     values = load_file(folder / f"round-{len(rounds)}.safetensors")
     if adapter == "merge":
         model.float()
@@ -214,6 +214,13 @@ def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig, adapter: s
             parameter.data = parameter.data.float()
     put_back(model, values)
     return rounds
+
+
+def _of_a_round(config: ImmunizeConfig) -> dict[str, Any]:
+    """What a round depends on, as JSON gives it back: everything but how many there are."""
+    settings = json.loads(json.dumps(asdict(config)))
+    del settings["rounds"]
+    return settings
 
 
 def round_from_json(data: dict[str, Any]) -> Round:
