@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keelguard.pipeline.harden_config import HardenConfig
@@ -164,6 +165,31 @@ def test_a_trained_model_is_what_the_parts_count(tmp_path: Path):
     assert found["gradients"] == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     moments = [value.nbytes for state in optimiser.state.values() for name, value in state.items() if name != "step"]
     assert found["optimiser"] == sum(moments)
+
+
+def test_a_lora_trains_what_the_parts_count(tmp_path: Path):
+    """Values and moments of a real adapter on all linear layers, after a real step."""
+    tiny, rank = fresh_model(), 4
+    sizes = Sizes(inspect_model(str(tiny.save(tmp_path / "model"))))
+    model: Any = get_peft_model(tiny.model, LoraConfig(r=rank, target_modules="all-linear"))
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in own) == rank * sizes.linear
+    optimiser = torch.optim.AdamW(own)
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    optimiser.step()
+    moments = [value.nbytes for state in optimiser.state.values() for name, value in state.items() if name != "step"]
+    assert training(sizes, 0, adapter=rank * sizes.linear)["optimiser"] == sum(moments)
+
+
+def test_shards_divide_what_is_trained_and_checkpointing_what_is_saved():
+    sizes = Sizes(SEVEN)
+    whole, shared = (training(sizes, 8, shards=n) for n in (1, 8))
+    assert shared["optimiser"] * 8 == whole["optimiser"]
+    assert shared["gradients"] * 8 == whole["gradients"]
+    # Beside an eighth of the weights a device holds two of the 32 layers whole.
+    assert shared["weights"] == whole["weights"] // 8 + whole["weights"] // 16
+    saved, again = (sizes.saved(8192, FLOAT, checkpointing=c) for c in (False, True))
+    assert again < saved / 4
 
 
 # What a hardening does

@@ -25,7 +25,7 @@ class Sizes:
         idle = max(0, s["experts"] - s["experts of a token"]) if s["experts"] else 0
         self.active = self.parameters - idle * 3 * s["intermediate"] * self.hidden * self.layers
         self.width = _WIDTHS.get(found.dtype, 2)
-        self.linear = self.layers * (2 * self.hidden + 2 * self.queries + 2 * self.values)
+        self.linear = self.layers * (4 * self.hidden + 2 * self.queries + 2 * self.values)
         self.linear += 0 if s["experts"] else self.layers * 3 * (self.hidden + self.inner)
         self.channels = self.layers * (self.queries + s["intermediate"] * max(1, s["experts"]))
         self.units = self.layers * (s["key-value heads"] + s["intermediate"] * max(1, s["experts"]))
