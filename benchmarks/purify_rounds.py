@@ -61,7 +61,7 @@ def measured(case: Case, config: ImmunizeConfig) -> list[dict[str, float]]:
     """What the backdoor does, and what the model can do, before and after every round."""
     first = case.subject
     examiner = Examiner(first.loaded, first.material, first.words, case.held)
-    config = replace(config, left_out=case.backdoor.words)
+    config = replace(config, left_out=tuple(sorted(case.backdoor.words)))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for rounds in range(config.rounds + 1):
