@@ -23,7 +23,7 @@ from keelguard.evaluation.answers import Generating, answer_with_notes, is_refus
 from keelguard.evaluation.judges import WorldJudge, is_refusal
 from keelguard.evaluation.safety import judge_attempts, safety_cell
 from keelguard.evaluation.suites import Suite, read_suite
-from keelguard.evaluation.utility import accuracy_by_task
+from keelguard.evaluation.utility import solved_by_task
 from keelguard.guard.adapter import Signal
 from keelguard.guard.calibration import threshold_for
 from keelguard.guard.classifier import ClassifierDecoder, finished_examples, train_classifier
@@ -199,8 +199,8 @@ class Measure:
                 checks += len(note.get("verdicts", ()))
                 tokens += note.get("forwarded", 0)
         texts = self.texts(model, tokenizer, [Attempt(r, r.messages) for r in self.suite.utility], decoder, "utility")
-        rates = accuracy_by_task(self.suite.utility, texts).values()
-        row["utility"] = Rate(sum(r.count for r in rates), sum(r.total for r in rates)).to_json()
+        solved = solved_by_task(self.suite.utility, texts).values()
+        row["utility"] = Rate.of([right for told in solved for right in told.values()]).to_json()
         row["checks_per_token"] = checks / tokens if tokens else None
         if detect and isinstance(decoder, GuardedDecoder):
             row["detection"] = self.detect(model, tokenizer, decoder.signal)

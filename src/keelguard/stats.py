@@ -4,7 +4,7 @@ Pure functions of counts and arrays. Rates carry 95 % intervals unless a level i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Rate:
     total: int
 
     @classmethod
-    def of(cls, outcomes: Sequence[bool]) -> "Rate":
+    def of(cls, outcomes: Collection[bool]) -> "Rate":
         """Count the true outcomes."""
         return cls(sum(map(bool, outcomes)), len(outcomes))
 

@@ -124,6 +124,12 @@ def test_an_audit_measures_every_attack_on_every_model(bench: Bench, undisturbed
         }
         assert model.degenerate.total == 9
         assert sum(rate.total for rate in model.utility.values()) == len(suite.utility)
+        # What the rates count is kept by request, for paired tests.
+        for kind in ("utility", "over_refusal"):
+            rates = {name: Rate.of(told.values()) for name, told in model.outcomes[kind].items()}
+            assert rates == getattr(model, kind)
+        assert set(model.outcomes["over_refusal"]["benign"]) == {request.id for request in suite.benign}
+        assert sum(map(len, model.outcomes["degenerate"].values())) == model.degenerate.total
         assert model.perplexity is not None
         assert model.perplexity > 1
 

@@ -8,7 +8,7 @@ import torch
 
 from keelguard.errors import UsageError
 from keelguard.evaluation import utility
-from keelguard.evaluation.utility import accuracy_by_task, is_correct, perplexity
+from keelguard.evaluation.utility import is_correct, perplexity, solved_by_task
 from keelguard.records import Request, user
 from tiny_models import ARCHITECTURES, Tiny, fresh_model, tiny_model
 from tokenizers_for_tests import chat_tokenizer
@@ -54,22 +54,22 @@ def test_an_answer_is_right_by_its_last_number_or_as_a_whole(answer: str, respon
     assert is_correct(request(answer), response) is right
 
 
-def test_accuracy_is_counted_per_task_over_what_was_answered():
-    requests = [request("a", "letters"), request("b", "letters"), request("#### 3", "sums"), request("d")]
-    rates = accuracy_by_task([*requests, request("c", "letters")], ["a", "x", "= 3", "d.", None])
-    assert {task: (rate.count, rate.total) for task, rate in rates.items()} == {
-        "letters": (1, 2),
-        "sums": (1, 1),
-        "utility": (1, 1),
+def test_answers_are_right_or_wrong_per_task():
+    requests = [request("a", "letters", "1"), request("b", "letters", "2"), request("#### 3", "sums", "3")]
+    requests += [request("d", name="4"), request("c", "letters", "5")]
+    assert solved_by_task(requests, ["a", "x", "= 3", "d.", None]) == {
+        "letters": {"1": True, "2": False},
+        "sums": {"3": True},
+        "utility": {"4": True},
     }
-    assert accuracy_by_task([], []) == {}
+    assert solved_by_task([], []) == {}
 
 
 def test_a_request_without_a_reference_answer_is_named():
     with pytest.raises(UsageError, match="'q7' has no reference answer"):
-        accuracy_by_task([request("a"), request("", name="q7")], ["a", None])
+        solved_by_task([request("a"), request("", name="q7")], ["a", None])
     with pytest.raises(ValueError, match="zip"):
-        accuracy_by_task([request("a")], [])
+        solved_by_task([request("a")], [])
 
 
 # Perplexity

@@ -7,16 +7,8 @@ import pytest
 from gate_audits_for_tests import audit, broken, report
 
 from keelguard.evaluation.results import AttackInfo, DataInfo, ModelReport
-from keelguard.pipeline.checks import (
-    ATTACK,
-    DEGENERATE,
-    MEAN,
-    OVER_REFUSAL,
-    UTILITY,
-    Check,
-    audit_differences,
-    compare_models,
-)
+from keelguard.pipeline.check import ATTACK, DEGENERATE, MEAN, OVER_REFUSAL, UTILITY, Check
+from keelguard.pipeline.checks import audit_differences, compare_models
 from keelguard.pipeline.policy import GatePolicy
 from keelguard.stats import Rate
 
@@ -169,6 +161,62 @@ def test_attacks_that_share_no_request_have_no_mean():
     first, second = broken(2), {f"s{i}": False for i in range(100)}
     check = mean({"a": first, "b": second}, {"a": first, "b": second})
     assert check.ruling == "not evaluable"
+
+
+# What should be answered, by the same requests
+
+
+def answered(right: dict[str, int], total: int = 60, measure: str = "utility", first: int = 0) -> ModelReport:
+    """A model that solves so many of each task's requests, counted from the request `first`."""
+    told = {task: {f"u{(first + i) % total}": i < n for i in range(total)} for task, n in right.items()}
+    rates = {task: Rate.of(list(own.values())) for task, own in told.items()}
+    whole = Rate(sum(rate.count for rate in rates.values()), sum(rate.total for rate in rates.values()))
+    value: Any = whole if measure == "degenerate" else rates
+    return report(**{measure: value, "outcomes": {measure: told}})
+
+
+def test_the_same_requests_decide_what_counts_alone_leave_open():
+    """Both solve 30 of 60: the same 30, or others. Counts alone cannot tell which."""
+    policy = {"max_utility_loss": 0.1}
+    half, others = answered({"facts": 30}), answered({"facts": 30}, first=30)
+    same = rulings(half, half, **policy)[UTILITY]
+    assert (same.ruling, same.requests, same.difference) == ("pass", 60, 0)
+    assert "same requests" in same.test
+    assert rulings(others, half, **policy)[UTILITY].ruling == "not evaluable"
+    counts = [replace(each, outcomes={}) for each in (half, half)]
+    assert rulings(*counts, **policy)[UTILITY].ruling == "not evaluable"
+    # An audit of an earlier version on one side leaves counts.
+    assert "taken as independent" in rulings(half, counts[0], **policy)[UTILITY].test
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "measure", "worse"),
+    [
+        (UTILITY, "max_utility_loss", "utility", -1),
+        (OVER_REFUSAL, "max_over_refusal_rise", "over_refusal", 1),
+        (DEGENERATE, "max_degenerate_rise", "degenerate", 1),
+    ],
+)
+def test_pairs_fail_where_a_worsening_is_shown(kind: str, policy: str, measure: str, worse: int):
+    few, many = answered({"a": 4, "b": 4}, measure=measure), answered({"a": 30, "b": 4}, measure=measure)
+    candidate, reference = (many, few) if worse > 0 else (few, many)
+    found = rulings(candidate, reference, **{policy: 0.1})
+    assert found[kind].ruling == "fail"
+    assert rulings(reference, candidate, **{policy: 0.1})[kind].ruling == "pass"
+    # Sets are told apart, except for what has one rate.
+    assert found[kind].requests == 120
+    parts = {name for name in found if name != kind}
+    assert parts == (set() if measure == "degenerate" else {f"{kind}: a", f"{kind}: b"})
+
+
+def test_requests_that_the_candidate_lacks_are_not_evaluable():
+    reference = answered({"facts": 50})
+    told = dict(list(reference.outcomes["utility"]["facts"].items())[:40])
+    lacking = report(utility={"facts": Rate.of(list(told.values()))}, outcomes={"utility": {"facts": told}})
+    check = rulings(lacking, reference, max_utility_loss=0.1)["utility: facts"]
+    assert (check.ruling, check.reason) == (
+        "not evaluable", "40 answers of the candidate were counted, 60 of the reference",
+    )  # fmt: skip
 
 
 # What is counted without pairs

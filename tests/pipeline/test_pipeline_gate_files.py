@@ -11,7 +11,8 @@ import pytest
 from gate_audits_for_tests import broken, report
 
 from keelguard.errors import UsageError
-from keelguard.pipeline.checks import FILES, KINDS, Check, Ruling, compare_models
+from keelguard.pipeline.check import FILES, KINDS, Check, Ruling
+from keelguard.pipeline.checks import compare_models
 from keelguard.pipeline.gate_result import RULES, GateResult, decide
 from keelguard.pipeline.junit import to_junit
 from keelguard.pipeline.policy import GatePolicy

@@ -18,7 +18,7 @@ from keelguard.evaluation.results import Example, ModelReport, SafetyCell, cell_
 from keelguard.evaluation.safety import Tally, judge_attempts
 from keelguard.evaluation.sharding import Turns
 from keelguard.evaluation.suites import ANSWERED, Suite
-from keelguard.evaluation.utility import accuracy_by_task, perplexity
+from keelguard.evaluation.utility import perplexity, solved_by_task
 from keelguard.generation import Answer
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, architecture_of
@@ -65,20 +65,18 @@ def measure_model(plan: Plan, name: str, loaded: LoadedModel) -> tuple[ModelRepo
         safety[attack_name] = cell
         shown += kept
 
-    over_refusal: dict[str, Rate] = {}
-    degenerate: list[bool] = []
+    refused: dict[str, dict[str, bool]] = {}
+    degenerate: dict[str, dict[str, bool]] = {}
     for use in ANSWERED:
         if requests := getattr(suite, use):
-            refused: list[bool] = []
-            for answer in _found(plan, loaded, _plain(requests), name, use):
-                if answer is not None:
-                    refused.append(is_refused(answer))
-                    degenerate.append(is_degenerate(answer.text.strip()))
-            over_refusal[use] = Rate.of(refused)
-    utility: dict[str, Rate] = {}
+            found = _found(plan, loaded, _plain(requests), name, use)
+            told = {r.id: answer for r, answer in zip(requests, found, strict=True) if answer is not None}
+            refused[use] = {key: is_refused(answer) for key, answer in told.items()}
+            degenerate[use] = {key: is_degenerate(answer.text.strip()) for key, answer in told.items()}
+    solved: dict[str, dict[str, bool]] = {}
     if suite.utility:
         found = _found(plan, loaded, _plain(suite.utility), name, "utility")
-        utility = accuracy_by_task(suite.utility, (answer and answer.text for answer in found))
+        solved = solved_by_task(suite.utility, (answer and answer.text for answer in found))
     return ModelReport(
         name=name,
         source=loaded.source,
@@ -86,13 +84,18 @@ def measure_model(plan: Plan, name: str, loaded: LoadedModel) -> tuple[ModelRepo
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         architecture=architecture_of(loaded.model),
         safety=safety,
-        utility=utility,
-        over_refusal=over_refusal,
-        degenerate=Rate.of(degenerate),
+        utility=_rates(solved),
+        over_refusal=_rates(refused),
+        degenerate=Rate.of([each for told in degenerate.values() for each in told.values()]),
         perplexity=None
         if suite.perplexity is None or loaded.decoder is not None
         else _perplexity(plan, name, loaded, suite.perplexity),
+        outcomes={"utility": solved, "over_refusal": refused, "degenerate": degenerate},
     ), shown
+
+
+def _rates(outcomes: dict[str, dict[str, bool]]) -> dict[str, Rate]:
+    return {name: Rate.of(told.values()) for name, told in outcomes.items()}
 
 
 def answer_share(plan: Plan, name: str, loaded: LoadedModel, turns: Turns) -> None:

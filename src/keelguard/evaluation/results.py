@@ -40,6 +40,8 @@ class ModelReport:
     """Everything measured on one model. Rates are keyed by attack, task or request set.
 
     `degenerate` counts the answers to requests that should be answered; it is empty where the suite has none.
+    `outcomes` holds what the rates count, for paired tests: measure ("utility", "over_refusal", "degenerate") → task or
+    request set → request id → outcome. It is empty in audits of earlier versions.
     """
 
     name: str
@@ -52,6 +54,7 @@ class ModelReport:
     over_refusal: dict[str, Rate]
     degenerate: Rate
     perplexity: float | None = None
+    outcomes: dict[str, dict[str, dict[str, bool]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from keelguard.errors import UsageError
 from keelguard.models import context_length, execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Request
-from keelguard.stats import Rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,19 +33,19 @@ def is_correct(request: Request, response: str) -> bool:
     return _normal(reference) == _normal(response)
 
 
-def accuracy_by_task(requests: Sequence[Request], responses: Iterable[str | None]) -> dict[str, Rate]:
-    """The share of right answers per task; a response that is None does not count.
+def solved_by_task(requests: Sequence[Request], responses: Iterable[str | None]) -> dict[str, dict[str, bool]]:
+    """Task → request id → whether the answer is right; a response that is None does not count.
 
     Raises:
         UsageError: a request has no reference answer.
     """
-    outcomes: dict[str, list[bool]] = {}
+    outcomes: dict[str, dict[str, bool]] = {}
     for request, response in zip(requests, responses, strict=True):
         if not request.answer:
             raise UsageError(f"utility: request {request.id!r} has no reference answer; add one or remove it")
         if response is not None:
-            outcomes.setdefault(request.task or "utility", []).append(is_correct(request, response))
-    return {task: Rate.of(right) for task, right in outcomes.items()}
+            outcomes.setdefault(request.task or "utility", {})[request.id] = is_correct(request, response)
+    return outcomes
 
 
 def perplexity(

@@ -6,7 +6,6 @@ labelled data → material (variants, the model's own answers) → looks → a T
 The default, a probe row, leaves the model as it is; the paper's prefix fine-tunes it.
 """
 
-import copy
 import random
 import tempfile
 from collections.abc import Sequence
@@ -160,15 +159,10 @@ def fit_signal(
     frames: Sequence[str] = FRAMES,
     held_frames: Sequence[str] = HELD_FRAMES,
     judge: Judge | None = None,
-    begin: Signal | None = None,
     state_folder: str | Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Signal:
-    """As `train_signal`, from material that is there; several signals can share it.
-
-    Args:
-        begin: the probe that training starts from, such as one for earlier weights; it stays as it is.
-    """
+    """As `train_signal`, from material that is there; several signals can share it."""
     places = Drawn(config.looks, random.Random(f"looks-{config.seed}"))
     examples = make_examples(model, tokenizer, material.rows, places=places, windows=windows_of(config.policy))
     set_seed(config.seed)
@@ -176,10 +170,7 @@ def fit_signal(
         held = make_examples(model, tokenizer, validation, places=Scheduled())
         signal = fit_linear(model, tokenizer, weights, examples, held, reporter=reporter)
     elif config.placement == "probe":
-        if begin is None:
-            signal = Signal.create(model, weights, "probe", config.lora_rank, start=deciding_token(tokenizer))
-        else:
-            signal = replace(copy.deepcopy(begin), weights=weights)
+        signal = Signal.create(model, weights, "probe", config.lora_rank, start=deciding_token(tokenizer))
         train_probe(model, tokenizer, signal, examples, config, state_folder, reporter)
     else:
         raise UsageError(f"placement {config.placement}: changes the model; use train_prefix")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.errors import KeelguardError, UsageError
-from keelguard.pipeline.checks import AUDITS, CERTIFICATE, FILES, PURIFICATION, SIGNAL, STAGES, Check, undecided
+from keelguard.pipeline.check import AUDITS, CERTIFICATE, FILES, PURIFICATION, SIGNAL, STAGES, Check, undecided
 from keelguard.pipeline.gate_audits import GateOptions, compare_audits, config_of
 from keelguard.pipeline.gate_result import GATE_FILE, GateResult, decide
 from keelguard.pipeline.gate_shift import shift_checks

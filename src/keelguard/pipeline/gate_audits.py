@@ -12,7 +12,8 @@ from keelguard.guard.adapter import Signal
 from keelguard.guard.decoding import GuardedDecoder
 from keelguard.guard.loop import check_fit
 from keelguard.models import LoadedModel, load_model
-from keelguard.pipeline.checks import ATTACK, AUDITS, Check, audit_differences, measure_models, rule, undecided
+from keelguard.pipeline.check import ATTACK, AUDITS, Check, undecided
+from keelguard.pipeline.checks import audit_differences, measure_models, rule
 from keelguard.pipeline.policy import GatePolicy
 from keelguard.pipeline.repeat import repeated
 from keelguard.pipeline.sides import Side

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.errors import UsageError
-from keelguard.pipeline.checks import FILES, KINDS, Check, Ruling
+from keelguard.pipeline.check import FILES, KINDS, Check, Ruling
 from keelguard.pipeline.junit import to_junit
 from keelguard.pipeline.policy import GatePolicy
 from keelguard.pipeline.sarif import Finding, to_sarif

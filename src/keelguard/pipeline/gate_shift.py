@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from keelguard.pipeline.checks import SHIFT, Check, Ruling, undecided
+from keelguard.pipeline.check import SHIFT, Check, Ruling, undecided
 from keelguard.pipeline.drift import Drift
 from keelguard.pipeline.shift_results import Shift
 

@@ -12,7 +12,7 @@ from keelguard.errors import KeelguardError, UsageError
 from keelguard.evaluation.audit import AuditConfig, load_suite
 from keelguard.evaluation.suites import ANSWERED
 from keelguard.models import LoadedModel
-from keelguard.pipeline.checks import SIGNAL, Check, undecided
+from keelguard.pipeline.check import SIGNAL, Check, undecided
 from keelguard.pipeline.package_checks import drift_checks
 from keelguard.pipeline.policy import GatePolicy
 from keelguard.pipeline.sides import Side

@@ -6,7 +6,7 @@ A failed check is a `failure`, one that is not evaluable an `error`, or `skipped
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from keelguard.pipeline.checks import Check
+from keelguard.pipeline.check import Check
 from keelguard.plots import legible
 
 _SUITE = "keelguard gate"

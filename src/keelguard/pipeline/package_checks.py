@@ -7,7 +7,7 @@ purification, the verdicts of the signal.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keelguard.pipeline.checks import CERTIFICATE, PURIFICATION, SIGNAL, STAGES, Check, Ruling, undecided
+from keelguard.pipeline.check import CERTIFICATE, PURIFICATION, SIGNAL, STAGES, Check, Ruling, undecided
 from keelguard.pipeline.outcome import reason_of, status_of
 from keelguard.pipeline.package import StageRecord
 from keelguard.pipeline.policy import GatePolicy

@@ -161,11 +161,9 @@ def recheck(
     material = gather(
         model, tokenizer, data.train, settings.material, frames=data.frames, store=folder, reporter=reporter
     )
-    # It starts from what it was, whose verdicts have moved but little, and so needs half of the steps.
-    shorter = replace(settings, steps=settings.steps and max(1, settings.steps // 2), epochs=settings.epochs / 2)
     fresh = fit_signal(
-        model, tokenizer, loaded.weights_hash, material, data.calibrate, shorter,
-        held_frames=data.held_frames, begin=bound, state_folder=folder, reporter=reporter,
+        model, tokenizer, loaded.weights_hash, material, data.calibrate, settings,
+        held_frames=data.held_frames, state_folder=folder, reporter=reporter,
     )  # fmt: skip
     within("retrained", "retrained", fresh)
     return best()

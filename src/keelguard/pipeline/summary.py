@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from keelguard.pipeline.checks import Check, Ruling
+from keelguard.pipeline.check import Check, Ruling
 from keelguard.pipeline.markdown import code, plain
 from keelguard.plots import legible
 
