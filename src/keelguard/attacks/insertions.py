@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from keelguard.records import Chat, user
@@ -51,6 +52,11 @@ def vocabulary_numbers(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The numbers of one to four digits that stand whole in a tokenizer's vocabulary, sorted."""
     tokens = {token[1:] for token in tokenizer.get_vocab() if token.startswith(_MARKS)}
     return sorted((token for token in tokens if re.fullmatch(r"[0-9]{1,4}", token)), key=int)
+
+
+def random_words(words: Sequence[str], draw: random.Random, most: int) -> str:
+    """One to `most` different words."""
+    return " ".join(draw.sample(words, draw.randint(1, min(most, len(words)))))
 
 
 def vocabulary_words(tokenizer: "PreTrainedTokenizerBase", shortest: int = 3) -> list[str]:

@@ -104,6 +104,10 @@ def finetune(
     anchor_weight: Annotated[float, typer.Option(help="Weight of the anchor in the loss.")] = 1.0,
     directions: Annotated[int, typer.Option(help="Decision directions that project takes out.")] = 32,
     mix_share: Annotated[float, typer.Option(help="Share of safety chats that mix adds.")] = 0.1,
+    mix_inserted: Annotated[
+        float,
+        typer.Option(help="Share of those with random words in their prompt, to keep a purification. A package: 0.5."),
+    ] = 0.0,
     chat_template: ChatTemplate = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -134,6 +138,7 @@ def finetune(
     from keelguard.models import check_source, resolve_sources
     from keelguard.pipeline.continued import (
         FREEZE,
+        INSERTED,
         PROTECT,
         check_of_files,
         check_of_testbed,
@@ -152,6 +157,8 @@ def finetune(
     if protect is None:
         protect, freeze = (",".join(PROTECT), freeze or FREEZE) if own_units else ("mix", freeze)
     _refuse_unread(context, protect)
+    if source.is_package and "mix" in protect and not given(context, "mix_inserted"):
+        mix_inserted = INSERTED
     reporter = main_reporter()
     for part in filter(None, (*resolve_sources(source.model, source.adapter), base)):
         check_source(part, allow_pickle)
@@ -198,7 +205,7 @@ def finetune(
         others=others,  # pyright: ignore[reportArgumentType]
         anchor=AnchorConfig(weight=anchor_weight, prompts=prompts, tokens=tokens),
         project=ProjectConfig(directions=directions, prompts=prompts, tokens=tokens),
-        mix=MixConfig(share=mix_share, seed=seed),
+        mix=MixConfig(share=mix_share, inserted=mix_inserted, seed=seed),
     )
     taught, asked = _split(safety or (), max(128, prompts), seed)
     chats = [chat for file in data for chat in load_chats(file)]
@@ -241,6 +248,7 @@ _READ_BY = {
     "anchor_weight": ("anchor",),
     "directions": ("project",),
     "mix_share": ("mix",),
+    "mix_inserted": ("mix",),
 }
 """Options of `finetune` that only some protections read."""
 

@@ -33,6 +33,8 @@ from keelguard.units.training import TrainingResult
 SIGNAL, RECHECK, WORK = "signal", "recheck.json", "signal-work"
 PROTECT, FREEZE = ("freeze", "mix"), "scu"
 """How a model with a unit map is fine-tuned by default: its certificate holds, and its refusals are repeated."""
+INSERTED = 0.5
+"""The share of repeated refusals of a package with random words in their prompt, as in its purification."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def source_of(model: str, adapter: str | None = None, option: str = "--adapter")
 
 
 def check_of_testbed(files: Testbed, chats: Sequence[Chat]) -> CheckData:
-    """The parts of a testbed's data: those of `guard train`, and the test split, which is measured."""
+    """The parts of a testbed's data: of the training split every fourth row, and the validation split, for thresholds;
+    the rest of it for a new signal; and the test split, which is measured."""
     from keelguard.testbed.frames import HELD_FRAMES, TRAINING_FRAMES
 
     def read(split: str) -> list[Labelled]:
@@ -89,10 +92,12 @@ def check_of_testbed(files: Testbed, chats: Sequence[Chat]) -> CheckData:
         rows = [row for kind in kinds for row in read_labelled(files.data / f"{kind}.{split}.jsonl")]
         return rows + read_labelled(files.data / f"utility.{split}.jsonl", malicious=False)
 
-    train = read("train")
-    calibrate = _unseen(read("validation"), chats)
+    rows = read("train")
+    # A threshold rests on the few benign rows that look worst: those of the validation split alone would be too few.
+    train = [row for i, row in enumerate(rows) if i % 4]
+    calibrate = _unseen([*read("validation"), *rows[::4]], chats)
     # Small talk is the same in every split.
-    measured = _unseen(read("test"), [*chats, *(row.messages for row in (*train, *calibrate))])
+    measured = _unseen(read("test"), [*chats, *(row.messages for row in (*rows, *calibrate))])
     return CheckData(measured, calibrate, train, TRAINING_FRAMES, HELD_FRAMES)
 
 

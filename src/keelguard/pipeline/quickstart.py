@@ -10,18 +10,21 @@ hardened model. One table closes it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from keelguard.attacks.insertions import vocabulary_words
+from keelguard.beside import beside
 from keelguard.data import load_chats, load_requests
 from keelguard.evaluation.audit import AuditConfig
 from keelguard.evaluation.results import AuditResult
 from keelguard.guard.adapter import Signal
 from keelguard.guard.decoding import GuardedDecoder
 from keelguard.models import LoadedModel, load_model
-from keelguard.pipeline.continued import FREEZE, PROTECT, check_of_testbed, continue_training
+from keelguard.pipeline.continued import FREEZE, INSERTED, PROTECT, check_of_testbed, continue_training
 from keelguard.pipeline.gate import gate
-from keelguard.pipeline.gate_result import GateResult
+from keelguard.pipeline.gate_result import GATE_FILE, GateResult
 from keelguard.pipeline.harden import REPORT, harden, triggers_of
 from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.harden_data import HardenData, of_testbed
@@ -50,7 +53,7 @@ ATTACKS = ("direct", "nested", "prefill", "prefill 20", "affix", "sampling", "be
 LIMIT = 100
 _TASK = TrainConfig(steps=100, learning_rate=7e-4, batch_size=16)
 """The harmless fine-tune of the testbed's suite, at which an unprotected model loses its safety."""
-_MIX = MixConfig(share=0.4)
+_MIX = MixConfig(share=0.4, inserted=INSERTED)
 """Of 10, 25 and 40 % this share of refusals kept most on the validation split, at an equal loss on the task."""
 
 
@@ -85,12 +88,17 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
     model = built.model(MODEL)
     data = of_testbed(built, model)
     package = harden(str(model), settings(built), data, out / HARDENED, reporter=reporter)
-    gates, columns = {}, []
-    for name in (UNPROTECTED, PROTECTED):
-        reporter.note(f"fine-tuning, {name} …")
-        tuned = _tuned(package, built, name, out / name, reporter)
-        gates[name] = gate(str(out / name), str(package.folder), GatePolicy(), out / f"gate-{name}", reporter=reporter)
-        columns += _columns(name, tuned, out / name / "signal", data, out / f"gate-{name}" / "audit", reporter)
+    jobs = [Branch(name, package, built, out, data) for name in (UNPROTECTED, PROTECTED)]
+    # The two have nothing in common but the package, and a fine-tune that is not protected says little of its progress.
+    with beside(_follow, jobs[0], wanted=not jobs[0].done and not torch.cuda.is_available()) as running:
+        if running is not None:
+            reporter.note("fine-tuning, unprotected, in a process beside …")
+        followed = [_follow(jobs[1], reporter)]
+        if running is not None:
+            running.wait()
+    followed.insert(0, _follow(jobs[0], reporter))
+    gates = {job.name: found.gate for job, found in zip(jobs, followed, strict=True)}
+    columns = [column for found in followed for column in found.columns]
     outcome = Outcome.of(package, columns, triggers_of(package))
     report = out / REPORT
     write_package_report(package, report, columns, triggers_of(package))
@@ -108,17 +116,63 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
 
 
 def settings(built: Testbed) -> HardenConfig:
-    """The quickstart's hardening: the quick budget, and one or two attacks of every surface."""
+    """The quickstart's hardening: the default purification, and one or two attacks of every surface."""
     audit = AuditConfig(suite=str(built.suite()), attacks=ATTACKS, limit=LIMIT)
-    return HardenConfig(purify=purify_settings("quick"), audit=audit)
+    return HardenConfig(purify=purify_settings("standard"), audit=audit)
 
 
-def _tuned(package: Package, built: Testbed, name: str, out: Path, reporter: Reporter) -> Path:
+@dataclass(frozen=True)
+class Branch:
+    """One fine-tune of the hardened model, with its gate.
+
+    Attributes:
+        name: `UNPROTECTED` or `PROTECTED`.
+        out: the quickstart's folder, in which each branch has its own.
+    """
+
+    name: str
+    package: Package
+    built: Testbed
+    out: Path
+    data: HardenData
+
+    @property
+    def gated(self) -> Path:
+        """The folder of its gate."""
+        return self.out / f"gate-{self.name}"
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier run has come to its verdict."""
+        return (self.gated / GATE_FILE).is_file()
+
+
+class Followed(NamedTuple):
+    """What a branch leaves: its verdict, and its columns of the table."""
+
+    gate: GateResult
+    columns: list[Column]
+
+
+def _follow(branch: Branch, reporter: Reporter = SILENT) -> Followed:
+    """Fine-tune and gate, or read what an earlier run has left."""
+    folder = branch.out / branch.name
+    reporter.note(f"fine-tuning, {branch.name} …")
+    tuned = _tuned(branch, folder, reporter)
+    if branch.done:
+        found = GateResult.load(branch.gated)
+    else:
+        found = gate(str(folder), str(branch.package.folder), GatePolicy(), branch.gated, reporter=reporter)
+    return Followed(found, _columns(branch, tuned, folder / "signal", reporter))
+
+
+def _tuned(branch: Branch, out: Path, reporter: Reporter) -> Path:
     """The folder of a model fine-tuned on the testbed's harmless task, with or without protection."""
+    built, package = branch.built, branch.package
     chats = load_chats(built.data / "finetune-benign.train.jsonl")
     held = load_chats(built.data / "finetune-benign.validation.jsonl")
     safety = load_requests(built.data / "harmful.train.jsonl", limit=256)
-    protected = name == PROTECTED and package.units is not None
+    protected = branch.name == PROTECTED and package.units is not None
     protect = PROTECT if protected else ("none",)
     config = FinetuneConfig(train=_TASK, protect=protect, freeze=FREEZE, mix=_MIX)
     found = continue_training(
@@ -131,10 +185,11 @@ def _tuned(package: Package, built: Testbed, name: str, out: Path, reporter: Rep
     return Path(str(found.training.model))
 
 
-def _columns(name: str, model: Path, signal: Path, data: HardenData, audit: Path, reporter: Reporter) -> list[Column]:
+def _columns(branch: Branch, model: Path, signal: Path, reporter: Reporter) -> list[Column]:
     """A fine-tuned model as its gate has audited it: plain, and under its signal where it has one."""
+    audit, data = branch.gated / "audit", branch.data
     found = AuditResult.load(audit / "audit.json")
-    title = f"fine-tuned, {name}"
+    title = f"fine-tuned, {branch.name}"
     columns = [Column(title, found.models[0], _trigger(model, data, audit / "trigger.json", None, reporter))]
     if len(found.models) > 1:
         own = Signal.load(signal)

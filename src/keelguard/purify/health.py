@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from keelguard.attacks.insertions import PLACES, insert
+from keelguard.attacks.insertions import PLACES, insert, random_words
 from keelguard.batches import pad_id_of
 from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.judges import is_degenerate, is_refusal
@@ -14,7 +14,6 @@ from keelguard.progress import SILENT, Reporter
 from keelguard.purify.effects import ANSWERS, Held, ask, is_right, own_references
 from keelguard.purify.keep import Kept, divergence, remember
 from keelguard.purify.material import Material
-from keelguard.purify.prober import random_words
 from keelguard.records import Chat, Request
 from keelguard.stats import Rate
 from keelguard.training import chat_loss

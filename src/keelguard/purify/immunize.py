@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from keelguard.attacks.insertions import Place, insert, prompt_of, with_prompt
+from keelguard.attacks.insertions import Place, insert, prompt_of, random_words, with_prompt
 from keelguard.errors import UsageError
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.keep import KeepAnswers, KeepConfig
 from keelguard.purify.material import Material, is_refused_chat
-from keelguard.purify.prober import Prober, random_words
+from keelguard.purify.prober import Prober
 from keelguard.purify.search import Insertion, SearchConfig
 from keelguard.records import Chat
 from keelguard.runs import disk_errors, read_json, write_json

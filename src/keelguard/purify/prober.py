@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from keelguard.attacks.insertions import PLACES, Place, insert, prompt_of, vocabulary_numbers, with_prompt
+from keelguard.attacks.insertions import PLACES, Place, insert, prompt_of, random_words, vocabulary_numbers, with_prompt
 from keelguard.progress import Reporter
 from keelguard.purify.frames import with_gap, word_ids
 from keelguard.purify.material import Material
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
 _DRAWN = 8
 """Chats looked at for every prompt of a search."""
-
-
-def random_words(words: Sequence[str], draw: random.Random, most: int) -> str:
-    """One to `most` different words."""
-    return " ".join(draw.sample(words, draw.randint(1, min(most, len(words)))))
 
 
 class Prober:

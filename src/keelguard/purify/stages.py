@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from keelguard.beside import beside
 from keelguard.models import LoadedModel, save_checkpoint
 from keelguard.progress import Reporter
-from keelguard.purify.apart import Job, start_apart
+from keelguard.purify.apart import Job, plant_and_purify
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.health import Examiner, Health
@@ -237,28 +236,20 @@ class Purification:
         """What gives the canaries' course when it is asked for; where that helps, a process beside works at it."""
         config, path = self.config, self.stages.folder / "spikes.json"
         wanted = config.spikes is not None and config.method.method != "retrain"
-        beside, threads = None, torch.get_num_threads()
-        if wanted and not path.is_file() and threads > 1 and subject.loaded.model.device.type == "cpu":
-            # Small models gain little from a second thread, and much from a second process.
-            job = Job(
-                base, adapter, self.threat, self.words, subject.material, held, config, self.load,
-                self.stages.folder / "method.json", self.folder / WORK / "beside" / "spikes.json",
-                threads // 2,
-            )  # fmt: skip
-            if beside := start_apart(job):
-                torch.set_num_threads(threads - threads // 2)
+        job = Job(
+            base, adapter, self.threat, self.words, subject.material, held, config, self.load,
+            self.stages.folder / "method.json", self.folder / WORK / "beside" / "spikes.json",
+        )  # fmt: skip
+        on_cpu = subject.loaded.model.device.type == "cpu"
+        with beside(plant_and_purify, job, wanted=wanted and on_cpu and not path.is_file()) as running:
 
-        def spikes() -> list[dict[str, Any]]:
-            if not wanted:
-                return []
-            return self.stages("spikes", lambda: (beside and beside.result()) or self._spikes(subject, held))
+            def spikes() -> list[dict[str, Any]]:
+                if not wanted:
+                    return []
+                done = running is not None and running.wait()
+                return self.stages("spikes", lambda: read_json(job.out) if done else self._spikes(subject, held))
 
-        try:
             yield spikes
-        finally:
-            if beside:
-                beside.stop()
-                torch.set_num_threads(threads)
 
     def _spikes(self, subject: Subject, held: Held) -> list[dict[str, Any]]:
         repaired = read_json(self.stages.folder / "method.json")["value"]["repaired"]

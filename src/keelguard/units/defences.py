@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from keelguard.attacks.insertions import PLACES, insert, prompt_of, random_words, with_prompt
 from keelguard.batches import pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
@@ -106,6 +107,10 @@ class Anchor(Method):
         return self.config.weight * divergence
 
 
+_RANDOM_WORDS = 3
+"""The most words that are put into a safety chat."""
+
+
 @dataclass(frozen=True)
 class MixConfig:
     """How much safety data goes among the chats of a fine-tune."""
@@ -114,11 +119,17 @@ class MixConfig:
     replace: bool = field(
         default=False, metadata={"help": "safety chats take the place of as many chats; else they are added"}
     )
+    inserted: float = field(
+        default=0.0,
+        metadata={"help": "share of the safety chats whose prompt carries some random words, as in a purification"},
+    )
     seed: int = field(default=0, metadata={"help": "which safety chats are taken, and which chats give way"})
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UsageError(f"mix: share {self.share} is out of range; give more than 0 and less than 1, such as 0.05")
+        if not 0 <= self.inserted <= 1:
+            raise UsageError(f"mix: inserted {self.inserted} is out of range; give 0 to 1, such as 0.5")
 
 
 class Mix(Method):
@@ -126,13 +137,19 @@ class Mix(Method):
 
     Source: Bianchi et al. 2024 (arXiv 2309.07875), who add refusals to instruction data; Qi et al. 2023 (arXiv
     2310.03693, section 5). The share is exact over an epoch, rounded to whole chats; batches are drawn from all.
-    Safety chats repeat, evenly, where there are too few.
+    Safety chats repeat, evenly, where there are too few. A purified model has learned that unrelated words in a prompt
+    change nothing, and forgets it like the rest: `inserted` repeats that, too.
     """
 
-    def __init__(self, refusals: Sequence[Chat], config: MixConfig = MixConfig()) -> None:
+    def __init__(self, refusals: Sequence[Chat], config: MixConfig = MixConfig(), words: Sequence[str] = ()) -> None:
+        """Args:
+        words: the vocabulary of insertions (see `vocabulary_words`).
+        """
         if not refusals:
             raise UsageError("mix: there are no safety chats to mix in; name a data file")
-        self.refusals, self.config = refusals, config
+        if config.inserted and not words:
+            raise UsageError("mix: inserted: the tokenizer has no whole words to insert; give 0")
+        self.refusals, self.config, self.words = refusals, config, words
 
     def data(self, chats: Sequence[Chat], config: TrainConfig) -> list[Chat]:
         draw, share = random.Random(self.config.seed), self.config.share
@@ -143,7 +160,13 @@ class Mix(Method):
             kept = [chat for i, chat in enumerate(kept) if i not in given_way]
         else:
             count = max(1, round(share / (1 - share) * len(kept)))
-        return kept + cycled(self.refusals, count, draw)
+        return kept + [self._strange(chat, draw) for chat in cycled(self.refusals, count, draw)]
+
+    def _strange(self, chat: Chat, draw: random.Random) -> Chat:
+        if not self.config.inserted or draw.random() >= self.config.inserted:
+            return chat
+        text = random_words(self.words, draw, _RANDOM_WORDS)
+        return with_prompt(chat, insert(prompt_of(chat), text, draw.choice(PLACES), draw))
 
 
 def cycled(items: Sequence[Any], count: int, draw: random.Random) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from keelguard.attacks.base import Attempt
+from keelguard.attacks.insertions import vocabulary_words
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating, answer
 from keelguard.evaluation.judges import is_refusal
@@ -113,7 +114,8 @@ def finetune(
     bare = config.protect == ("none",)
     arms = {"unprotected": Arm()} if compare or bare else {}
     if not bare:
-        arms["protected"] = Arm(protections(config, index, frozen, refusals), after)
+        words = vocabulary_words(loaded.tokenizer) if config.mix.inserted else ()
+        arms["protected"] = Arm(protections(config, index, frozen, refusals, words), after)
     return run_training(
         "finetune",
         loaded,
@@ -147,12 +149,17 @@ def _plain_as_verified(loaded: LoadedModel) -> LoadedModel:
 
 
 def protections(
-    config: FinetuneConfig, index: UnitIndex, frozen: torch.Tensor | None, refusals: Sequence[Chat]
+    config: FinetuneConfig,
+    index: UnitIndex,
+    frozen: torch.Tensor | None,
+    refusals: Sequence[Chat],
+    words: Sequence[str] = (),
 ) -> list[Method]:
     """The methods of a configuration; `safelora` acts behind the training and is none of them.
 
     Args:
         frozen: the units (units,) that `freeze` freezes.
+        words: what `mix` inserts, where it does.
 
     Raises:
         UsageError: a method lacks the refusals that it needs.
@@ -165,7 +172,7 @@ def protections(
         "freeze": lambda: Freeze(index, frozen, config.others),  # pyright: ignore[reportArgumentType]
         "anchor": lambda: Anchor(refusals, config.anchor),
         "project": lambda: Project(refusals, config.project),
-        "mix": lambda: Mix(refusals, config.mix),
+        "mix": lambda: Mix(refusals, config.mix, words),
         "ema": lambda: Ema(config.ema),
         "lisa": lambda: Lisa(refusals, config.lisa),
     }
