@@ -343,6 +343,27 @@ def test_added_chats_make_an_exact_share_and_repeat_evenly(share: float, count: 
         MixConfig(1.0)
 
 
+@pytest.mark.parametrize("inserted", [0.0, 0.4, 1.0])
+def test_mixed_refusals_carry_random_words(inserted: float):
+    chats = [(user(f"Ask {i}"), assistant(f"Answer {i}")) for i in range(300)]
+    config, words = MixConfig(0.5, inserted=inserted), ["alpha", "beta", "gamma", "delta"]
+    added = Mix(REFUSALS, config, words).data(chats, CONFIG)[len(chats) :]
+    answers = {chat[0]["content"]: chat[1]["content"] for chat in REFUSALS}
+    strange = [chat for chat in added if chat[0]["content"] not in answers]
+    assert len(strange) / len(added) == pytest.approx(inserted, abs=0.1)
+    for chat in strange:
+        told = [word for word in chat[0]["content"].split() if word not in words]
+        assert 1 <= len(chat[0]["content"].split()) - len(told) <= 3
+        assert answers[" ".join(told)] == chat[1]["content"]
+
+
+def test_insertions_need_words():
+    with pytest.raises(UsageError, match="no whole words to insert"):
+        Mix(REFUSALS, MixConfig(0.5, inserted=0.5))
+    with pytest.raises(UsageError, match="inserted 1.5 is out of range"):
+        MixConfig(0.5, inserted=1.5)
+
+
 # EMA
 
 
