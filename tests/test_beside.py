@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,9 @@ def test_what_cannot_be_handed_over_is_left_to_the_caller(tmp_path: Path):
 
 
 def test_leaving_the_block_ends_the_process():
-    with pytest.raises(KeyboardInterrupt), beside(time.sleep, 600) as running:
+    with beside(time.sleep, 600) as running:
         assert running is not None
-        raise KeyboardInterrupt
+        assert running.process.poll() is None
     assert running.process.poll() is not None
     assert torch.get_num_threads() == 2
 
@@ -72,7 +73,8 @@ def test_a_killed_parent_leaves_nothing_behind_that_works():
         child = int(parent.stdout.readline())
         os.kill(child, 0)
         parent.send_signal(signal.SIGKILL)
-    with pytest.raises(ProcessLookupError):
+    with suppress(ProcessLookupError):
         for _ in range(600):
             os.kill(child, 0)
             time.sleep(0.1)
+        pytest.fail("the process beside goes on")

@@ -360,7 +360,7 @@ def test_mixed_refusals_carry_random_words(inserted: float):
 def test_insertions_need_words():
     with pytest.raises(UsageError, match="no whole words to insert"):
         Mix(REFUSALS, MixConfig(0.5, inserted=0.5))
-    with pytest.raises(UsageError, match="inserted 1.5 is out of range"):
+    with pytest.raises(UsageError, match=r"inserted 1\.5 is out of range"):
         MixConfig(0.5, inserted=1.5)
 
 
