@@ -39,7 +39,7 @@ class Beside:
 
 
 @contextmanager
-def beside(work: Callable[[Any], None], job: Any, *, wanted: bool = True) -> Iterator[Beside | None]:
+def beside(work: Callable[[Any], object], job: Any, *, wanted: bool = True) -> Iterator[Beside | None]:
     """Run `work(job)` in a process with half of the threads, and give the other half to the block.
 
     Args:
@@ -64,7 +64,7 @@ def beside(work: Callable[[Any], None], job: Any, *, wanted: bool = True) -> Ite
         torch.set_num_threads(threads)
 
 
-def _start(work: Callable[[Any], None], job: Any, threads: int) -> Beside | None:
+def _start(work: Callable[[Any], object], job: Any, threads: int) -> Beside | None:
     try:
         sent = pickle.dumps((threads, work, job))
     except (pickle.PicklingError, AttributeError, TypeError):

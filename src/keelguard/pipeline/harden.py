@@ -7,10 +7,12 @@ The same command goes on where it was, at the stage that was cut off and, within
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from keelguard.generation import SMALL_MODEL
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, resolve_sources
 from keelguard.pipeline.card import write_card
@@ -58,6 +60,8 @@ def harden(
     config = config.seeded(config.seed)
     received = load(base, adapter=adapter)
     arrived, template = received.weights_hash, sha256_of(received.tokenizer.chat_template)
+    # Two of a large model would not fit, and gain little on a CPU that one of them fills.
+    small = received.model.device.type == "cpu" and received.model.num_parameters() < SMALL_MODEL
     # Every stage loads what it needs; kept here, the model would take its memory in all of them.
     del received
     settings = {
@@ -74,8 +78,11 @@ def harden(
             return package
         run = StageRunner(folder, config.skip, reporter)
         hardening = Hardening(base, adapter, config, data, folder, load, reporter)
-        for name, work in stages_of(hardening).items():
-            run(name, work)
+        with ExitStack() as stack:
+            for name, work in stages_of(hardening).items():
+                if name == "audit-purified":
+                    stack.enter_context(hardening.signal_beside(small and "guard" not in config.skip))
+                run(name, work)
 
         def package_of(stages: tuple[StageRecord, ...]) -> Package:
             weights = {"received": arrived, "hardened": hardening.loaded().weights_hash}

@@ -5,20 +5,23 @@
 Purification comes first of what changes or reads the model: a backdoor makes every later evidence void.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from keelguard.beside import Beside, beside
 from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.audit import AuditConfig, audit_models, guarded_name, load_suite
 from keelguard.evaluation.comparisons import compare
 from keelguard.evaluation.results import AuditResult, ModelReport
-from keelguard.guard.adapter import Signal
+from keelguard.guard.adapter import DESCRIPTION, Signal
 from keelguard.guard.decoding import GuardedDecoder
 from keelguard.guard.loop import check_fit
-from keelguard.guard.run import run_signal
+from keelguard.guard.run import SignalRun, run_signal
 from keelguard.models import LoadedModel
 from keelguard.pipeline.claims import audit_claims, diagnosis_claims, purification_claims
 from keelguard.pipeline.guard_cost import guard_cost
@@ -26,7 +29,7 @@ from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.harden_data import HardenData, write_rows
 from keelguard.pipeline.package import ADAPTER, AUDITS, MODEL, PURIFY, SIGNAL, UNITS, AuditName
 from keelguard.pipeline.stage_runner import Outcome
-from keelguard.progress import Reporter
+from keelguard.progress import SILENT, Reporter
 from keelguard.purify.effects import measure_effect
 from keelguard.purify.methods import Threat
 from keelguard.purify.run import purify
@@ -50,7 +53,7 @@ class Hardening:
         self.base, self.adapter = base, adapter
         self.config, self.data, self.folder, self.load, self.reporter = config, data, folder, load, reporter
         self.work = folder / WORK
-        self.trigger: dict[AuditName, Any] = {}
+        self._beside: Beside | None = None
 
     @property
     def threat(self) -> Threat:
@@ -190,13 +193,28 @@ class Hardening:
         kept = ("map.json", "map.safetensors", "proof.json", "report.html")
         return Outcome([f"{UNITS}/{name}" for name in kept], figures, diagnosis_claims(found.proof))
 
-    def guard(self) -> Outcome:
-        """Train the safety signal on the model as it stands."""
+    @contextmanager
+    def signal_beside(self, wanted: bool) -> Iterator[None]:
+        """Train the signal in a process beside, while the model is audited and diagnosed; neither needs the other."""
+        job = copy.copy(self)
+        job.reporter = SILENT
+        wanted = wanted and not (self.folder / SIGNAL / DESCRIPTION).is_file()
+        with beside(train_signal_of, job, wanted=wanted) as self._beside:
+            yield
+
+    def train_signal(self) -> SignalRun:
+        """Train the safety signal on the model as it stands, or read what is there."""
         data = self.data
-        run = run_signal(
+        return run_signal(
             self.hardened[0], data.train, data.validation, self.config.signal, self.folder / SIGNAL,
             frames=data.frames, held_frames=data.held_frames, load=self.whole, reporter=self.reporter,
         )  # fmt: skip
+
+    def guard(self) -> Outcome:
+        """Train the safety signal on the model as it stands, and keep how it was calibrated."""
+        if self._beside is not None:
+            self._beside.wait()
+        run = self.train_signal()
         figures: dict[str, Any] = {"placement": run.signal.placement}
         if (found := run.signal.calibration) is not None:
             policy = run.signal.policy
@@ -216,6 +234,11 @@ class Hardening:
         path = self.folder / "inspection.json"
         write_json(path, found.to_json())
         return Outcome((path.name,), inspection_figures(found))
+
+
+def train_signal_of(hardening: Hardening) -> None:
+    """The training alone, for a process beside."""
+    hardening.train_signal()
 
 
 def guarded(loaded: LoadedModel, guard: Callable[[LoadedModel], Any]) -> LoadedModel:

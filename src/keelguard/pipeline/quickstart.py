@@ -8,7 +8,7 @@ hardened model. One table closes it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,9 +116,11 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
 
 
 def settings(built: Testbed) -> HardenConfig:
-    """The quickstart's hardening: the default purification, and one or two attacks of every surface."""
+    """The quickstart's hardening: the quick searches, the default's training, one or two attacks of every surface."""
     audit = AuditConfig(suite=str(built.suite()), attacks=ATTACKS, limit=LIMIT)
-    return HardenConfig(purify=purify_settings("standard"), audit=audit)
+    quick, default = purify_settings("quick"), purify_settings("standard")
+    immunize = replace(quick.method.immunize, steps=default.method.immunize.steps)
+    return HardenConfig(purify=replace(quick, method=replace(quick.method, immunize=immunize)), audit=audit)
 
 
 @dataclass(frozen=True)
