@@ -170,13 +170,14 @@ def test_sarif_has_no_placeholders_and_no_links_of_others():
 
 
 def test_sarif_findings_keep_their_identity_while_figures_change():
-    def fingerprint(message: str, path: str = "x") -> dict[str, str]:
-        return to_sarif([Finding("a", "error", message, path)], {"a": "A."})["runs"][0]["results"][0][
-            "partialFingerprints"
-        ]
+    def fingerprint(message: str, path: str = "x", subject: str = "") -> dict[str, str]:
+        log = to_sarif([Finding("a", "error", message, path, subject)], {"a": "A."})
+        return log["runs"][0]["results"][0]["partialFingerprints"]
 
     assert fingerprint("5 %") == fingerprint("6 %")
     assert fingerprint("5 %") != fingerprint("5 %", "y")
+    # Else a code host would show two attacks on one model as one finding.
+    assert fingerprint("5 %", subject="direct") != fingerprint("5 %", subject="nested")
 
 
 def test_sarif_paths_are_absolute_relative_or_absent():

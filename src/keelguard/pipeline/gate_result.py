@@ -87,7 +87,7 @@ class GateResult:
                 level = "error" if check.ruling == "fail" or self.strict else "warning"
                 side = self.reference if (check.kind, check.subject) == (FILES, "reference") else self.candidate
                 text = f"{check.name}: {check.ruling}: {check.reason}"
-                found.append(Finding(check.kind.replace(" ", "-"), level, text, str(side["name"])))
+                found.append(Finding(check.kind.replace(" ", "-"), level, text, str(side["name"]), check.subject))
         return found
 
     def save(self, folder: Path) -> None:

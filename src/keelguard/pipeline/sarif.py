@@ -25,12 +25,14 @@ class Finding:
     Attributes:
         rule: the rule that it breaks, one of those given to `to_sarif`.
         path: the file or folder that it is about, best relative to the repository; empty where there is none.
+        subject: what tells findings of one rule on one path apart, such as the attack.
     """
 
     rule: str
     level: Literal["error", "warning", "note"]
     message: str
     path: str
+    subject: str = ""
 
 
 def to_sarif(findings: Sequence[Finding], rules: Mapping[str, str]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def _result(finding: Finding, number: int) -> dict[str, Any]:
         place = {"artifactLocation": {"uri": _uri(finding.path)}, "region": {"startLine": 1}}
         result["locations"] = [{"physicalLocation": place}]
     # The figures in a message change from run to run; what is wrong, and where, does not.
-    result["partialFingerprints"] = {"keelguard/v1": sha256_of([finding.rule, finding.path])}
+    result["partialFingerprints"] = {"keelguard/v1": sha256_of([finding.rule, finding.path, finding.subject])}
     return result
 
 
