@@ -173,7 +173,7 @@ def _tuned(branch: Branch, out: Path, reporter: Reporter) -> Path:
     built, package = branch.built, branch.package
     chats = load_chats(built.data / "finetune-benign.train.jsonl")
     held = load_chats(built.data / "finetune-benign.validation.jsonl")
-    safety = load_requests(built.data / "harmful.train.jsonl", limit=256)
+    safety = load_requests(built.data / "harmful.train.jsonl")
     protected = branch.name == PROTECTED and package.units is not None
     protect = PROTECT if protected else ("none",)
     config = FinetuneConfig(train=_TASK, protect=protect, freeze=FREEZE, mix=_MIX)
