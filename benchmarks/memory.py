@@ -178,7 +178,7 @@ def _audit(case: Case, folder: Path) -> StageCost:
         max_new_tokens=NEW_TOKENS, batch_size=64,
     )  # fmt: skip
     audit_models([str(case.model)], config, out=folder / "audit", load=_load)
-    return _cost(case, "audit", replace(_lengths(case), audit_rows=64))
+    return _cost(case, "audit-received", replace(_lengths(case), audit_rows=64))
 
 
 def _load(source: str, **options: Any) -> Any:

@@ -8,7 +8,19 @@ from keelguard.attacks import ATTACKS
 from keelguard.attacks.backdoors import Backdoor
 from keelguard.attacks.finetuning import Finetune
 from keelguard.evaluation.results import AttackInfo, AuditResult, DataInfo, Example, ModelReport, SafetyCell
-from keelguard.pipeline.package import AUDITS, PURIFY, Control, Package, StageRecord, hash_artefacts
+from keelguard.pipeline.package import (
+    ADAPTER,
+    AUDITS,
+    CERTIFICATE,
+    MODEL,
+    PURIFY,
+    SIGNAL,
+    UNITS,
+    Control,
+    Package,
+    StageRecord,
+    hash_artefacts,
+)
 from keelguard.pipeline.surfaces import CHECKS, TIME
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Health
@@ -178,6 +190,10 @@ def write_package(
         (purified or purification()).save(folder / PURIFY)
         write_text(folder / PURIFY / "report.html", "<p>the purification</p>")
         files["purify"] = [PURIFY]
+    # What a test has put there before belongs to it, too.
+    own = {"purify": [MODEL, ADAPTER], "diagnose": [UNITS], "guard": [SIGNAL], "package": [CERTIFICATE]}
+    for name, paths in own.items():
+        files[name] = [*files.get(name, []), *(path for path in paths if (folder / path).exists())]
     records = tuple(
         dataclasses.replace(stage, artefacts=hash_artefacts(folder, files.get(stage.name, []))) for stage in records
     )

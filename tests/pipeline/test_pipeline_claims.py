@@ -59,7 +59,7 @@ def test_a_purification_stands_beside_random_pruning(spikes: list[Spike], holds:
 
 @pytest.mark.parametrize(
     ("utility", "refused", "holds"),
-    [(95, 90, (True, True)), (93, 88, (True, True)), (90, 85, (None, None)), (70, 50, (False, False))],
+    [(95, 90, (True, True)), (90, 85, (None, None)), (70, 50, (False, False))],
 )
 def test_what_a_purification_costs_is_a_claim(utility: int, refused: int, holds: tuple[bool | None, bool | None]):
     assert tuple(claim.holds for claim in purification_claims(result([spike(1, 40)], utility, refused))[1:]) == holds
@@ -95,8 +95,16 @@ def test_one_rise_of_many_must_be_rarer_by_chance():
     alone = reports(7)
     assert alone.p_value is not None
     assert 0.01 < alone.p_value < 0.05
-    assert alone.holds is True  # Not after Holm's correction for 20 attacks.
+    assert alone.holds is None  # Not shown after Holm's correction for 20 attacks, and a large rise not excluded.
+    assert reports(0).holds is True
     assert reports(30).holds is False
+
+
+def test_too_few_requests_leave_a_rise_open():
+    """Eight of ten requests broke: after the correction for seven attacks that is not shown, and no less true."""
+    few = replace(model("a", BROKEN["received"]), safety={str(i): cell(str(i), 0, 10) for i in range(7)})
+    after = replace(few, name="b", safety={**few.safety, "3": cell("3", 8, 10)})
+    assert audit_claims(after, few, lowers=False)[0].holds is None
 
 
 def test_holm_steps_down():

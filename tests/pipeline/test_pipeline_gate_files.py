@@ -11,7 +11,7 @@ import pytest
 from gate_audits_for_tests import broken, report
 
 from keelguard.errors import UsageError
-from keelguard.pipeline.check import FILES, KINDS, Check, Ruling
+from keelguard.pipeline.check import AUDITS, FILES, KINDS, PURIFICATION, STAGES, Check, Ruling
 from keelguard.pipeline.checks import compare_models
 from keelguard.pipeline.gate_result import RULES, GateResult, decide
 from keelguard.pipeline.junit import to_junit
@@ -59,8 +59,9 @@ def test_what_cannot_be_evaluated_fails_unless_it_is_let_through(rulings, strict
     assert (decide(checks, GatePolicy()), decide(checks, LENIENT)) == (strict, lenient)
 
 
-def test_intact_files_alone_are_no_evidence():
-    files = check("pass", FILES, "reference")
+@pytest.mark.parametrize("kind", [FILES, AUDITS, STAGES, PURIFICATION])
+def test_what_is_not_about_the_candidate_alone_is_no_evidence(kind: str):
+    files = check("pass", kind, "reference")
     assert not decide([files], LENIENT)
     assert not decide([files, check("not evaluable")], LENIENT)
     assert decide([files, check("pass")], GatePolicy())

@@ -40,7 +40,8 @@ def by_name(found: Inspection = SEVEN, memory: int | None = None, **changes: Any
 
 def test_every_stage_of_a_hardening_has_a_cost():
     assert list(by_name()) == [
-        "inspect", "audit", "purify", "diagnose", "guard", "audit with the signal", "package", "finetune, protected",
+        "inspect", "audit-received", "purify", "audit-purified", "diagnose", "guard", "audit-guarded", "package",
+        "finetune, protected",
     ]  # fmt: skip
     for cost in by_name().values():
         assert all(isinstance(size, int) and size >= 0 for size in [*cost.device.values(), *cost.host.values()])
@@ -50,10 +51,10 @@ def test_every_stage_of_a_hardening_has_a_cost():
 
 
 def test_what_is_asked_takes_weights_and_a_cache():
-    cost = by_name(audit_rows=16, prompt=100, answer=156)["audit"]
+    cost = by_name(audit_rows=16, prompt=100, answer=156)["audit-received"]
     assert cost.device["weights"] == WEIGHTS
     assert cost.device["cache"] == 2 * 32 * 4096 * 16 * 256 * 2
-    assert by_name(audit_rows=32, prompt=100, answer=156)["audit"].device["cache"] == 2 * cost.device["cache"]
+    assert by_name(audit_rows=32, prompt=100, answer=156)["audit-received"].device["cache"] == 2 * cost.device["cache"]
 
 
 def test_a_fine_tune_keeps_weights_gradients_and_two_moments_in_float32():
@@ -80,19 +81,19 @@ def test_an_adapter_alone_costs_little_beside_its_base():
     whole, alone = by_name(), by_name(ADAPTED)
     assert alone["purify"].device_bytes < whole["purify"].device_bytes / 2
     assert alone["purify"].device["optimiser"] == 2 * FLOAT * 40_000_000
-    assert alone["audit"].device["weights"] == WEIGHTS + 2 * 40_000_000
+    assert alone["audit-received"].device["weights"] == WEIGHTS + 2 * 40_000_000
 
 
 def test_a_fine_tuning_attack_trains_a_copy():
-    assert by_name()["audit"].trained == 0
-    attacked = by_name(attack_steps=10)["audit"]
+    assert by_name()["audit-received"].trained == 0
+    attacked = by_name(attack_steps=10)["audit-received"]
     assert attacked.device["copies"] == WEIGHTS
     assert attacked.device["optimiser"] == 2 * FLOAT * SEVEN.parameters
     assert attacked.trained > 0
 
 
 def test_tokens_become_flops_and_hours():
-    audit = by_name(asked=1000, prompt=100, answer=200, filled=1.0)["audit"]
+    audit = by_name(asked=1000, prompt=100, answer=200, filled=1.0)["audit-received"]
     assert (audit.read, audit.generated, audit.trained) == (100_000, 200_000, 0)
     assert audit.flops == 2 * SEVEN.parameters * (100_000 + DECODING * 200_000)
     assert audit.hours(1e14) == pytest.approx(audit.flops / 1e14 / 3600)
@@ -111,10 +112,10 @@ def test_idle_experts_count_for_memory_and_not_for_time():
 
 def test_what_does_not_fit_is_told():
     small, large = by_name(memory=80 * GIB), by_name(memory=2000 * GIB)
-    assert small["audit"].fits
+    assert small["audit-received"].fits
     assert small["purify"].fits is False
     assert all(cost.fits for cost in large.values())
-    assert by_name()["audit"].fits is None
+    assert by_name()["audit-received"].fits is None
 
 
 # What autograd saves
@@ -222,8 +223,9 @@ def test_stages_that_are_left_out_have_no_cost():
     config = HardenConfig(skip={"purify": "an adapter of our own", "audit-received": "done before"})
     names = [cost.name for cost in estimate_harden(SEVEN, config)]
     assert "purify" not in names
-    assert "audit" not in names
-    assert "audit with the signal" in names
+    assert "audit-received" not in names
+    # The model is audited again behind every stage that may change it.
+    assert {"audit-purified", "audit-guarded"} <= set(names)
 
 
 def test_lengths_are_those_of_the_requests(tmp_path: Path):
@@ -249,4 +251,4 @@ def test_the_text_says_what_is_flagged_and_what_does_not_fit():
         assert part in text
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "DOES NOT FIT" in lines["purify"]
-    assert "DOES NOT FIT" not in lines["audit"]
+    assert "DOES NOT FIT" not in lines["audit-received"]

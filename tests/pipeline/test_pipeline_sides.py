@@ -14,7 +14,7 @@ from small_package import audits, write_package
 from keelguard.errors import UsageError
 from keelguard.evaluation.audit import guarded_name
 from keelguard.hashes import hash_weights
-from keelguard.pipeline.package import Package, hash_artefacts
+from keelguard.pipeline.package import Package
 from keelguard.pipeline.sides import open_side
 from keelguard.runs import write_json
 from tiny_models import fresh_model
@@ -39,14 +39,7 @@ def packaged(folder: Path, model: Path, weights: str) -> Package:
     }
     plain = found["guarded"].models[0]
     found["guarded"].models[1] = dataclasses.replace(found["guarded"].models[1], name=guarded_name(plain.name))
-    package = write_package(folder, found=found, weights={"received": "ab" * 32, "hardened": weights})
-    kept = hash_artefacts(folder, ["model"])
-    records = tuple(
-        dataclasses.replace(stage, artefacts={**stage.artefacts, **kept}) if stage.name == "purify" else stage
-        for stage in package.stages
-    )
-    dataclasses.replace(package, stages=records).save()
-    return Package.load(folder)
+    return write_package(folder, found=found, weights={"received": "ab" * 32, "hardened": weights})
 
 
 def tuned(folder: Path, model: Path, weights: str, **more: Any) -> Path:
@@ -89,6 +82,21 @@ def test_a_changed_file_of_a_package_is_named(tmp_path, model, weights, name):
     assert side.report is None
 
 
+@pytest.mark.parametrize("name", ["model/chat_template.jinja", "audits/received-2.json", "signal/signal.json"])
+def test_a_file_that_no_stage_has_written_is_named(tmp_path, model, weights, name):
+    package = packaged(tmp_path / "run", model, weights)
+    assert open_side(str(package.folder)).wrong == ""
+    path = package.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    side = open_side(str(package.folder))
+    if name in package.listed:
+        assert "has changed" in side.wrong
+    else:
+        assert "is none of the package's files" in side.wrong
+    assert package.signal is None
+
+
 def test_a_missing_file_of_a_package_is_named(tmp_path, model, weights):
     packaged(tmp_path / "run", model, weights)
     (tmp_path / "run" / "audits" / "purified.json").unlink()
@@ -126,14 +134,6 @@ def test_other_weights_than_those_of_the_record_are_wrong(tmp_path, model):
     side = open_side(str(tuned(tmp_path / "run", model, "00" * 32)))
     assert f"{tmp_path / 'run' / 'model'}: holds the weights" in side.wrong
     assert "the records of" in side.wrong
-
-
-def test_a_training_run_may_hold_its_audit(tmp_path, model, weights):
-    folder = tuned(tmp_path / "run", model, weights)
-    audit(report(weights=weights)).save(folder / "audit.json")
-    assert open_side(str(folder)).report is not None
-    audit(report(weights="00" * 32)).save(folder / "audit.json")
-    assert open_side(str(folder)).report is None
 
 
 def test_a_damaged_record_is_a_mistake(tmp_path, model):

@@ -104,11 +104,14 @@ def harden(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if dry_run:
-        _print_estimate(base, used, settings, [*data.clean, *data.refused])
+        _print_estimate(base, used, settings, [*data.clean, *data.refused], dtype, device, trust_remote_code)
         return
     from keelguard.pipeline.harden import harden as run
 
-    package = run(base, settings, data, out, adapter=used, load=load, reporter=reporter)
+    package = run(
+        base, settings, data, out,
+        adapter=used, load=load, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, reporter=reporter,
+    )  # fmt: skip
     print_package(package)
     if any(stage.status == "failed" for stage in package.stages):
         raise typer.Exit(1)
@@ -160,10 +163,29 @@ def print_package(package: Any) -> None:
     typer.echo(f"{package.folder}: harden.json, report.html, MODEL_CARD.md, harden.sarif")
 
 
-def _print_estimate(base: str, adapter: str | None, settings: Any, requests: list[Any]) -> None:
+def _print_estimate(
+    base: str, adapter: str | None, settings: Any, requests: list[Any], dtype: str, device: str, trust_remote_code: bool
+) -> None:
+    from dataclasses import replace
+
     from keelguard.pipeline.inspection import inspect_model
     from keelguard.pipeline.workload import estimate_harden, estimate_text, lengths_of
 
-    found = inspect_model(base, adapter)
+    found = inspect_model(base, adapter, trust_remote_code=trust_remote_code)
+    if dtype != "auto":
+        found = replace(found, dtype=dtype)
     lengths = lengths_of(base, requests, settings.purify.material.max_new_tokens)
-    typer.echo(estimate_text(found, estimate_harden(found, settings, settings=lengths)))
+    typer.echo(estimate_text(found, estimate_harden(found, settings, _memory(device), settings=lengths)))
+
+
+def _memory(device: str) -> int:
+    """Bytes of the devices that a model is spread over; of main memory where there is no GPU, or none is wanted."""
+    import os
+
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

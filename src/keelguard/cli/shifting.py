@@ -79,7 +79,6 @@ def shift(
     from keelguard.pipeline.shift import ShiftConfig, measure_shift
     from keelguard.pipeline.shift_data import read_distributions, read_utility, testbed_distributions
     from keelguard.pipeline.shift_page import condition_rows, drift_rows, shift_sentences, write_shift_report
-    from keelguard.pipeline.shift_results import Shift
     from keelguard.units.groups import UnitMap
 
     reporter = make_reporter()
@@ -95,7 +94,6 @@ def shift(
     )
     chart = UnitMap.load(units)
     found = None if signal is None else Signal.load(signal)
-    earlier = None if limits is None else Shift.load(limits)
     columns = Columns(prompt=prompt_column, answer=answer_column)
     if data:
         distributions = read_distributions(data, benign or (), by=by, columns=columns)
@@ -116,12 +114,10 @@ def shift(
         out=out,
         signal=found,
         against=against,
+        limits=limits,
         load=loader(model, adapter, chat_template, dtype, device, allow_pickle, trust_remote_code),
         reporter=reporter,
     )
-    if earlier is not None:
-        measured = measured.with_limits(earlier, str(limits))
-        measured.save(out)
     report = out / "report.html"
     write_shift_report(report, measured)
     print_rows(condition_rows(measured))

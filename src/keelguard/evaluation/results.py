@@ -132,7 +132,7 @@ class AuditResult:
         """Read what `save` wrote.
 
         Raises:
-            UsageError: the file is missing, is no JSON, or has another format version.
+            UsageError: the file is missing, is no JSON, is damaged, or has another format version.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -142,12 +142,15 @@ class AuditResult:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise UsageError(f"{path}: format {found!r} is not {FORMAT!r}; run the audit again")
         data.pop("format")
-        data["attacks"] = [AttackInfo(**a) for a in data["attacks"]]
-        data["data"] = [DataInfo(**d) for d in data["data"]]
-        data["models"] = [_model(m) for m in data["models"]]
-        data["comparisons"] = [Comparison(**c) for c in data["comparisons"]]
-        data["examples"] = [Example(**e) for e in data["examples"]]
-        return cls(**data)
+        try:
+            data["attacks"] = [AttackInfo(**a) for a in data["attacks"]]
+            data["data"] = [DataInfo(**d) for d in data["data"]]
+            data["models"] = [_model(m) for m in data["models"]]
+            data["comparisons"] = [Comparison(**c) for c in data["comparisons"]]
+            data["examples"] = [Example(**e) for e in data["examples"]]
+            return cls(**data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path}: is damaged ({error!r}); run the audit again") from error
 
 
 def _withheld(example: Example) -> Example:

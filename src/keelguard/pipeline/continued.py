@@ -21,7 +21,7 @@ from keelguard.pipeline.package import PACKAGE_FILE, Package
 from keelguard.pipeline.signal_drift import LIMITS, Change, DriftConfig, chosen_rows
 from keelguard.pipeline.signal_recheck import CheckData, Recheck, Step, recheck
 from keelguard.pipeline.verdicts import Estimate
-from keelguard.processes import open_shared_run
+from keelguard.processes import is_main, open_shared_run
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Chat, Request
 from keelguard.runs import MANIFEST, read_json, write_json
@@ -162,6 +162,8 @@ def continue_training(
         source, chats, config, out=out, load=checked, reporter=reporter, bound={"signal": bound}, **options
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if is_main() and (out / RECHECK).exists():
+            _record_signal(out)
         reporter.note("the signal is checked in one process: repeat this command without the launcher to do that")
         return Continued(result, None)
     with open_shared_run(out, "finetune", read_json(out / MANIFEST)["settings"]):
@@ -174,11 +176,17 @@ def continue_training(
                 found.signal.save(out / SIGNAL, base=str(result.model))
             write_json(out / RECHECK, _record(found, kept, result, limits))
         shutil.rmtree(out / WORK, ignore_errors=True)
-        record = read_json(out / RECHECK)
-        write_json(out / "finetune.json", {**read_json(out / "finetune.json"), "signal": record})
+        record = _record_signal(out)
         steps = tuple(map(Step.from_json, record["steps"]))
         own = Signal.load(out / SIGNAL) if record["folder"] else None
         return Continued(result, Recheck(record["outcome"], steps, own, record["reason"]))
+
+
+def _record_signal(out: Path) -> dict[str, Any]:
+    """Put what became of the signal into finetune.json, which every call of the fine-tune writes anew."""
+    record = read_json(out / RECHECK)
+    write_json(out / "finetune.json", {**read_json(out / "finetune.json"), "signal": record})
+    return record
 
 
 def recheck_table(found: Recheck) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from keelguard.errors import KeelguardError, UsageError
 from keelguard.pipeline.check import AUDITS, CERTIFICATE, FILES, PURIFICATION, SIGNAL, STAGES, Check, undecided
 from keelguard.pipeline.gate_audits import GateOptions, compare_audits, config_of
-from keelguard.pipeline.gate_result import GATE_FILE, GateResult, decide
+from keelguard.pipeline.gate_result import GATE_FILE, JUNIT_FILE, SARIF_FILE, SUMMARY_FILE, GateResult, decide
 from keelguard.pipeline.gate_shift import shift_checks
 from keelguard.pipeline.gate_signal import signal_checks
 from keelguard.pipeline.package import CERTIFICATE as SEAL
@@ -52,6 +52,10 @@ def gate(
         FailureError: the folder cannot be written.
     """
     out = Path(out)
+    with disk_errors(out):
+        # Whatever ends this run early must not leave the verdict of an earlier one.
+        for name in (GATE_FILE, JUNIT_FILE, SARIF_FILE, SUMMARY_FILE, SEAL):
+            (out / name).unlink(missing_ok=True)
     shift = None if options.shift is None else Shift.load(options.shift)
     reference = open_side(against, column=options.against_name, pinned=policy.reference_sha256)
     if reference.kind == "model" and not Path(against).is_dir():
@@ -62,9 +66,6 @@ def gate(
         reference = replace(reference, wrong="")
     if policy.reference_sha256 and reference.package is None and not reference.wrong:
         raise UsageError(f"policy: reference_sha256 pins a package's harden.json, and {against} is none; use null")
-    with disk_errors(out):
-        # A run that is cut off must not leave the verdict of an earlier one.
-        (out / GATE_FILE).unlink(missing_ok=True)
     checks = files_checks(ours, reference)
     notes: list[str] = []
     if any(check.ruling == "fail" for check in checks):
@@ -173,5 +174,5 @@ def _certificate(candidate: Side, reference: Side, policy: GatePolicy, out: Path
             counts = found.selected, found.violations
     except KeelguardError as error:
         return [undecided(CERTIFICATE, required, str(error))]
-    found.save(out / "certificate.json")
+    found.save(out / SEAL)
     return [certificate_check(required, *counts, found.broken, found.config)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.errors import UsageError
-from keelguard.pipeline.check import FILES, KINDS, Check, Ruling
+from keelguard.pipeline.check import AUDITS, FILES, KINDS, PURIFICATION, STAGES, Check, Ruling
 from keelguard.pipeline.junit import to_junit
 from keelguard.pipeline.policy import GatePolicy
 from keelguard.pipeline.sarif import Finding, to_sarif
@@ -23,13 +23,17 @@ RULES = {kind.replace(" ", "-"): demand for kind, demand in KINDS.items()}
 """The rules of `gate.sarif`."""
 
 
+_OF_NOBODY = (FILES, AUDITS, STAGES, PURIFICATION)
+"""What passes without saying anything good of the candidate."""
+
+
 def decide(checks: Sequence[Check], policy: GatePolicy) -> bool:
-    """Whether a gate is passed: nothing failed, something passed beside the files, and nothing else is open.
+    """Whether a gate is passed: nothing failed, something speaks for the candidate, and nothing else is open.
 
     Checks that are not evaluable are let through only where the policy says so.
     """
     rulings = {check.ruling for check in checks}
-    told = any(check.ruling == "pass" and check.kind != FILES for check in checks)
+    told = any(check.ruling == "pass" and check.kind not in _OF_NOBODY for check in checks)
     return "fail" not in rulings and told and (policy.not_evaluable == "pass" or "not evaluable" not in rulings)
 
 

@@ -58,8 +58,11 @@ def _of_record(record: dict[str, Any], candidate: Side, reference: Side, policy:
         demand = "fail where the fine-tune left no signal that keeps to its limits"
         return [Check(SIGNAL, "", "fail", f"no signal holds on the candidate: {record.get('reason')}", demand)]
     try:
-        report = DriftReport.from_json(record["steps"][-1]["report"])
-    except (KeyError, IndexError, TypeError) as error:
+        # Several remedies may have been tried; the figures are those of the signal that was kept.
+        name = {"kept": "as it was"}.get(record["outcome"], record["outcome"])
+        [step] = [each for each in record["steps"] if each["name"] == name]
+        report = DriftReport.from_json(step["report"])
+    except (KeyError, ValueError, TypeError) as error:
         return [undecided(SIGNAL, "", f"the candidate's record of its signal is damaged ({error!r})")]
     return drift_checks(report, policy, f"{record['outcome']} by the fine-tune")
 

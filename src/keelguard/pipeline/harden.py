@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from keelguard.data import hash_file
+from keelguard.evaluation.audit import load_suite
 from keelguard.generation import SMALL_MODEL
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, resolve_sources
@@ -40,6 +42,8 @@ def harden(
     *,
     adapter: str | None = None,
     load: Callable[..., LoadedModel] = load_model,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     reporter: Reporter = SILENT,
 ) -> Package:
     """Harden a model, or an adapter on a base that is trusted, in a run folder, or go on with that.
@@ -47,6 +51,7 @@ def harden(
     Args:
         adapter: what is suspicious; the base stays as it is.
         load: loads a model, with an adapter where one is given; the command line passes its options through it.
+        allow_pickle, trust_remote_code: what `load` allows, for the stages that read files themselves.
 
     Returns:
         The package. A stage whose control does not hold is in it as failed; nothing is raised for that.
@@ -60,6 +65,7 @@ def harden(
     config = config.seeded(config.seed)
     received = load(base, adapter=adapter)
     arrived, template = received.weights_hash, sha256_of(received.tokenizer.chat_template)
+    dtype = str(received.model.dtype)
     # Two of a large model would not fit, and gain little on a CPU that one of them fills.
     small = received.model.device.type == "cpu" and received.model.num_parameters() < SMALL_MODEL
     # Every stage loads what it needs; kept here, the model would take its memory in all of them.
@@ -69,6 +75,8 @@ def harden(
         "chat_template": template,
         "data": data.digest,
         "config": _plain(config),
+        "suite": _suite_hashes(config, data),
+        "dtype": dtype,
     }
     folder = Path(out)
     with open_run(folder, "harden", settings):
@@ -77,7 +85,8 @@ def harden(
             _write_pages(package)
             return package
         run = StageRunner(folder, config.skip, reporter)
-        hardening = Hardening(base, adapter, config, data, folder, load, reporter)
+        hardening = Hardening(base, adapter, config, data, folder, load, reporter, trust_remote_code)
+        allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
         with ExitStack() as stack:
             for name, work in stages_of(hardening).items():
                 if name == "audit-purified":
@@ -90,7 +99,7 @@ def harden(
                 folder, base, adapter, hardening.threat, weights, settings["config"], versions(), config.seed, stages
             )
 
-        run("package", lambda: _pack(package_of(tuple(run.records)), hardening))
+        run("package", lambda: _pack(package_of(tuple(run.records)), hardening, allowed))
         package = package_of(tuple(run.records))
         package.save()
         _write_pages(package)
@@ -107,12 +116,12 @@ def triggers_of(package: Package) -> dict[AuditName, Rate]:
     return found
 
 
-def _pack(package: Package, hardening: Hardening) -> Outcome:
+def _pack(package: Package, hardening: Hardening, allowed: dict[str, bool]) -> Outcome:
     """Write what goes with the weights: the certificate, the card's section, and the findings for scanners."""
     folder, written = package.folder, [CARD, SARIF]
     if package.units is not None:
         base, adapter = hardening.hardened
-        write_json(folder / CERTIFICATE, seal(base, UnitMap.load(package.units), adapter=adapter))
+        write_json(folder / CERTIFICATE, seal(base, UnitMap.load(package.units), adapter=adapter, **allowed))
         written.append(CERTIFICATE)
     write_card(package, folder / CARD, triggers=triggers_of(package))
     write_package_sarif(package, folder / SARIF, triggers=triggers_of(package))
@@ -122,6 +131,14 @@ def _pack(package: Package, hardening: Hardening) -> Outcome:
 def _write_pages(package: Package) -> None:
     """The page can be written anew at any time, so that no hash stands for it."""
     write_package_report(package, package.folder / REPORT, triggers=triggers_of(package))
+
+
+def _suite_hashes(config: HardenConfig, data: HardenData) -> list[list[str]]:
+    """What the audits ask, by the hashes of its files; own requests are in the hash of the data."""
+    if data.audited or not config.audit.suite:
+        return []
+    read = load_suite(config.audit).data
+    return [["suite", hash_file(config.audit.suite)], *([info.use, info.sha256] for info in read)]
 
 
 def _plain(config: HardenConfig) -> dict[str, Any]:

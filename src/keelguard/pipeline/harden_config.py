@@ -58,6 +58,11 @@ class HardenConfig:
                 raise UsageError(f"--skip {name}: is no stage that can be left out; choose from {free}")
             if not reason.strip():
                 raise UsageError(f'--skip {name}: give the reason, as in --skip {name}="no data"')
+        if self.signal.placement == "prefix":
+            raise UsageError(
+                "placement prefix: fine-tunes the model, which would void its purification and its map; choose probe "
+                "or linear, or train one with `keelguard guard train` behind the hardening"
+            )
         if "guard" in self.skip and "audit-guarded" not in self.skip:
             object.__setattr__(self, "skip", {**self.skip, "audit-guarded": "there is no signal: guard was left out"})
 

@@ -69,8 +69,8 @@ class HardenData:
 def of_testbed(testbed: Any, source: str | Path) -> HardenData:
     """The testbed's own data for one of its models; `source` is the suspicious checkpoint or adapter.
 
-    Purification and signal learn from the train split, thresholds are chosen on validation, and what is measured
-    is of the test split.
+    Purification and signal learn from the train split, thresholds are chosen on a quarter of it and on validation, and
+    what is measured is of the test split.
     """
     from keelguard.testbed.build import RECIPE_FILE
     from keelguard.testbed.frames import HELD_FRAMES as WORLDS_HELD
@@ -87,6 +87,8 @@ def of_testbed(testbed: Any, source: str | Path) -> HardenData:
 
         return load_requests(testbed.data / f"{name}.train.jsonl")
 
+    # Every fourth row chooses thresholds, too: they rest on the few benign rows that look worst.
+    rows = labelled("train")
     recipe = Path(source) / RECIPE_FILE
     poisoned = (Path(source) / POISON_FILE).is_file()
     return HardenData(
@@ -95,8 +97,8 @@ def of_testbed(testbed: Any, source: str | Path) -> HardenData:
         held=held_of(testbed, "test", _HELD),
         safety=requests("harmful"),
         utility=requests("utility"),
-        train=labelled("train"),
-        validation=labelled("validation"),
+        train=[row for i, row in enumerate(rows) if i % 4],
+        validation=[*labelled("validation"), *rows[::4]],
         frames=TRAINING_FRAMES,
         held_frames=WORLDS_HELD,
         trigger=known_backdoor(source) if poisoned else None,

@@ -48,10 +48,11 @@ class Hardening:
 
     def __init__(
         self, base: str, adapter: str | None, config: HardenConfig, data: HardenData, folder: Path,
-        load: Callable[..., LoadedModel], reporter: Reporter,
+        load: Callable[..., LoadedModel], reporter: Reporter, trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
         self.base, self.adapter = base, adapter
         self.config, self.data, self.folder, self.load, self.reporter = config, data, folder, load, reporter
+        self.trust_remote_code = trust_remote_code
         self.work = folder / WORK
         self._beside: Beside | None = None
 
@@ -230,7 +231,7 @@ class Hardening:
         """Read what the files are, what of keelguard fits this architecture, and what the run will cost."""
         from keelguard.pipeline.inspection import inspect_model
 
-        found = inspect_model(self.base, self.adapter)
+        found = inspect_model(self.base, self.adapter, trust_remote_code=self.trust_remote_code)
         path = self.folder / "inspection.json"
         write_json(path, found.to_json())
         return Outcome((path.name,), inspection_figures(found))

@@ -125,11 +125,12 @@ def estimate(found: Inspection, memory: int | None = None, settings: CostSetting
     adapter = found.adapter is not None
     stages = [
         StageCost("inspect", {}),
-        _audit("audit", sizes, settings),
+        _audit("audit-received", sizes, settings),
         *([_purify(sizes, settings, adapter)] if settings.purify else []),
+        _audit("audit-purified", sizes, settings),
         _diagnose(sizes, settings),
         _guard(sizes, settings),
-        _audit("audit with the signal", sizes, settings),
+        _audit("audit-guarded", sizes, settings),
         StageCost("package", {"weights": sizes.weights}),
         _finetune(sizes, settings),
     ]

@@ -131,21 +131,38 @@ class Package:
         if check:
             for stage in package.stages:
                 check_artefacts(folder, stage.artefacts)
+            package.refuse_strangers()
         return package
+
+    @property
+    def listed(self) -> dict[str, str]:
+        """The SHA-256 of every file that a stage has vouched for, by its path in the package."""
+        return {name: digest for stage in self.stages for name, digest in stage.artefacts.items()}
+
+    def refuse_strangers(self) -> None:
+        """Refuse a file that no stage has written, where a program would take it for the package's own.
+
+        Raises:
+            FailureError: there is one; the message names it.
+        """
+        listed = self.listed
+        for name in hash_artefacts(self.folder, [name for name in _OWN if (self.folder / name).exists()]):
+            if name not in listed:
+                raise FailureError(f"{self.folder / name}: is none of the package's files; remove it")
 
     @property
     def model(self) -> str:
         """The hardened checkpoint; for an adapter, its base."""
-        own = self.folder / MODEL
-        return str(own) if own.is_dir() else self.source
+        own = self._present(MODEL)
+        return self.source if own is None else str(own)
 
     @property
     def hardened_adapter(self) -> str | None:
         """The hardened adapter, or the one as received where nothing was purified; None for a whole model."""
         if self.threat != "adapter":
             return None
-        own = self.folder / ADAPTER
-        return str(own) if own.is_dir() else self.adapter
+        own = self._present(ADAPTER)
+        return self.adapter if own is None else str(own)
 
     @property
     def units(self) -> Path | None:
@@ -170,8 +187,8 @@ class Package:
 
     def audit(self, name: AuditName) -> AuditResult | None:
         """An audit of the package, or None where that stage was skipped."""
-        path = self.folder / AUDITS / f"{name}.json"
-        return AuditResult.load(path) if path.is_file() else None
+        path = f"{AUDITS}/{name}.json"
+        return AuditResult.load(self.folder / path) if path in self.listed else None
 
     @property
     def purification(self) -> PurifyResult | None:
@@ -180,10 +197,11 @@ class Package:
         return None if own is None else PurifyResult.load(own)
 
     def _present(self, name: str) -> Path | None:
-        own = self.folder / name
-        return own if own.is_dir() else None
+        return self.folder / name if any(each.startswith(f"{name}/") for each in self.listed) else None
 
 
+_OWN = (MODEL, ADAPTER, SIGNAL, AUDITS, CERTIFICATE)
+"""Where nothing but what a stage has written may lie."""
 _PLAIN = ("source", "adapter", "threat", "weights", "settings", "versions", "seed")
 
 

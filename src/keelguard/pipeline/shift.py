@@ -69,6 +69,7 @@ def measure_shift(
     out: str | Path,
     signal: Signal | None = None,
     against: str | None = None,
+    limits: str | Path | None = None,
     load: Callable[[str], LoadedModel] = load_model,
     reporter: Reporter = SILENT,
 ) -> Shift:
@@ -79,6 +80,7 @@ def measure_shift(
         chart: the unit map of this model.
         signal: the signal of this model; on the other checkpoint it is read too, since that is what is asked.
         against: another checkpoint of the same architecture and tokenizer, such as a fine-tune of the model.
+        limits: a `shift.json` whose warning limits are taken in place of those of this run's own halves.
         out: the run folder; `shift.json` is written into it.
 
     Raises:
@@ -91,6 +93,7 @@ def measure_shift(
             f"--data: {len(distributions)} distribution of requests has nothing to be compared with; give two or more, "
             "or another checkpoint with --against"
         )
+    earlier = None if limits is None else Shift.load(limits)
     distributions = [each.drawn(config.samples, config.seed) for each in distributions]
     check_distributions(distributions)
     loaded = plain(load(source))
@@ -122,6 +125,8 @@ def measure_shift(
         models = [each for each in (loaded, other) if each is not None]
         conditions = Conditions(chart, config, signal, distributions, utility, folder, reporter)
         shift = _compared(conditions, conditions.read(models, _names(models)), models)
+        if earlier is not None:
+            shift = shift.with_limits(earlier, str(limits))
         shift.save(folder)
     return shift
 

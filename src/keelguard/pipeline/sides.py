@@ -149,13 +149,7 @@ def _training(source: str, folder: Path, record: Path) -> Side:
         training=data,
         signal=signal if signal.is_dir() else None,
     )
-    side = _vouched(side)
-    if not side.wrong and (folder / AUDIT_FILE).is_file():
-        audit = AuditResult.load(folder / AUDIT_FILE)
-        own = [each for each in audit.models if each.weights == side.weights]
-        if own:
-            side = side.audited(replace(audit, models=own))
-    return side
+    return _vouched(side)
 
 
 def _audit(source: str, folder: Path, adapter: str | None, column: str) -> Side:

@@ -46,9 +46,7 @@ def estimate_harden(
         memory: bytes of the device, or of all devices over which accelerate spreads the model.
         settings: what `config` does not say, such as lengths.
     """
-    skipped = {"audit-received": "audit", "audit-guarded": "audit with the signal"}
-    out = {skipped.get(name, name) for name in config.skip}
-    return [stage for stage in estimate(found, memory, settings_of(config, settings)) if stage.name not in out]
+    return [stage for stage in estimate(found, memory, settings_of(config, settings)) if stage.name not in config.skip]
 
 
 def settings_of(config: HardenConfig, settings: CostSettings = _USUAL) -> CostSettings:
