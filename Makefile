@@ -35,7 +35,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/units_cost.py
 	$(BIN)/python benchmarks/signal_quality.py
 	$(BIN)/python benchmarks/signal_overhead.py
-	$(BIN)/python benchmarks/purify_rounds.py
 	$(BIN)/python benchmarks/purify_quality.py
 	$(BIN)/python benchmarks/purify_cost.py
 	$(BIN)/python benchmarks/vaccine_why.py
