@@ -199,6 +199,10 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_same(weights(whole.model), weights(again.model))
     assert again.rounds == whole.rounds
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"rounds.json", "round-2.safetensors"}
+    more = replace(SHORT, rounds=3)
+    further = immunize(poisoned_model(), tokenizer(), material(), STRANGE, more, state_folder=tmp_path / "cut")
+    assert [label[-1] for label in calls[5:]] == ["3"]
+    assert further.rounds[:2] == whole.rounds
     with pytest.raises(UsageError, match="holds rounds of other settings; remove the folder"):
         immunize(
             poisoned_model(), tokenizer(), material(), STRANGE, replace(SHORT, steps=4), state_folder=tmp_path / "cut"
