@@ -116,7 +116,7 @@ def triggers_of(package: Package) -> dict[AuditName, Rate]:
     return found
 
 
-def _pack(package: Package, hardening: Hardening, allowed: dict[str, bool]) -> Outcome:
+def _pack(package: Package, hardening: Hardening, allowed: dict[str, Any]) -> Outcome:
     """Write what goes with the weights: the certificate, the card's section, and the findings for scanners."""
     folder, written = package.folder, [CARD, SARIF]
     if package.units is not None:
