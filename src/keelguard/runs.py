@@ -186,10 +186,19 @@ def _check_owner(path: Path, command: str, settings: dict[str, Any]) -> None:
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The settings that differ, as `name: old → new`, at most three of them."""
-    names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    shown = [f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in names[:3]]
-    return "; ".join(shown + (["…"] if len(names) > 3 else []))
+    """The settings that differ, as `name: old → new`, at most three of them; of nested ones the value that does."""
+    leaves = list(_differences("", old, new))
+    shown = [f"{name}: {_short(before)} → {_short(after)}" for name, before, after in leaves[:3]]
+    return "; ".join(shown + (["…"] if len(leaves) > 3 else []))
+
+
+def _differences(place: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        if old != new:
+            yield place, old, new
+        return
+    for name in dict.fromkeys([*old, *new]):
+        yield from _differences(f"{place}.{name}" if place else name, old.get(name), new.get(name))
 
 
 def _short(value: Any) -> str:

@@ -72,7 +72,7 @@ def _kept(claim: str, control: str, before: Rate, after: Rate) -> Control:
             holds = True
         elif high < 0:
             holds = False
-    why = f"holds where a fall of more than {_POINTS} points is excluded, fails where a fall is shown, else open"
+    why = f"holds where a fall of more than {_POINTS} points is excluded, else fails where a fall is shown, else open"
     return Control(claim, after.to_json(), control, before.to_json(), None, holds, why)
 
 

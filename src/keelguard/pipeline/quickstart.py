@@ -157,7 +157,8 @@ class Followed(NamedTuple):
 def _follow(branch: Branch, reporter: Reporter = SILENT) -> Followed:
     """Fine-tune and gate, or read what an earlier run has left."""
     folder = branch.out / branch.name
-    reporter.note(f"fine-tuning, {branch.name} …")
+    if not branch.gated.is_dir():
+        reporter.note(f"fine-tuning, {branch.name} …")
     tuned = _tuned(branch, folder, reporter)
     found = _verdict(branch, hash_weights(tuned))
     if found is None:

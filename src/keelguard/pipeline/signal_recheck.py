@@ -120,6 +120,7 @@ def recheck(
     for name, part in (("calibration", data.calibrate), ("training", data.train)):
         require_both(part, name)
     folder.mkdir(parents=True, exist_ok=True)
+    reporter.note("checking the signal on the new weights …")
     rows, before = _before(original, signal, rows, data, folder, config, reporter)
     loaded = tuned()
     settings = config_of(signal)
@@ -153,10 +154,12 @@ def recheck(
         bound = replace(bound, training={**signal.training, "model": loaded.source})
     if within("as it was", "kept", bound):
         return best()
+    reporter.note("it has drifted beyond its limits: calibrating it anew …")
     anew, scaling = recalibrate(loaded, bound, data.calibrate, settings, data.held_frames, folder, reporter)
     # A prefix cannot be trained without its model, whose weights are not to move.
     if within("recalibrated", "recalibrated", anew, scaling) or signal.placement == "prefix":
         return best()
+    reporter.note("that is not enough: training another …")
     model, tokenizer = loaded.model, loaded.tokenizer
     material = gather(
         model, tokenizer, data.train, settings.material, frames=data.frames, store=folder, reporter=reporter

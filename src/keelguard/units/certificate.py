@@ -36,7 +36,10 @@ def read_signed(path: str | Path, form: str, what: str, remedy: str) -> dict[str
     Raises:
         UsageError: it cannot be read, is of another format, or its content is not what was signed.
     """
-    content = read_json(Path(path))
+    try:
+        content = read_json(Path(path))
+    except UsageError as error:
+        raise UsageError(f"{path}: cannot be read as a {what} ({error.__cause__}); {remedy}") from error
     if not isinstance(content, dict) or content.get("format") != form:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"{path}: is no {what} of the format {form} (but {found!r}); {remedy}")
