@@ -235,7 +235,7 @@ def test_a_variant_is_learnt():
     config = replace(CONFIG, steps=16, learning_rate=4e-2, rank=4, alpha=8)
     lora = train_variants(fresh_model(initializer_range=0.1).model, tiny_tokenizer(), DATA, config)
     assert lora.losses.shape == (16, 4)
-    assert bool((lora.losses[-5:].mean(0) < 0.7 * lora.losses[0]).all())
+    assert bool((lora.losses[-5:].mean(0) < 0.8 * lora.losses[0]).all())
 
 
 def test_diverging_runs_are_named(monkeypatch: pytest.MonkeyPatch):

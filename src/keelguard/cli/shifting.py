@@ -94,6 +94,8 @@ def shift(
     )
     chart = UnitMap.load(units)
     found = None if signal is None else Signal.load(signal)
+    if limits is not None:
+        Shift.load(limits)  # A wrong file is refused before anything is read.
     columns = Columns(prompt=prompt_column, answer=answer_column)
     if data:
         distributions = read_distributions(data, benign or (), by=by, columns=columns)
