@@ -79,6 +79,7 @@ def shift(
     from keelguard.pipeline.shift import ShiftConfig, measure_shift
     from keelguard.pipeline.shift_data import read_distributions, read_utility, testbed_distributions
     from keelguard.pipeline.shift_page import condition_rows, drift_rows, shift_sentences, write_shift_report
+    from keelguard.pipeline.shift_results import Shift
     from keelguard.units.groups import UnitMap
 
     reporter = make_reporter()
