@@ -198,7 +198,7 @@ def _differences(place: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any
             yield place, old, new
         return
     for name in dict.fromkeys([*old, *new]):
-        yield from _differences(f"{place}.{name}" if place else name, old.get(name), new.get(name))
+        yield from _differences(f"{place}: {name}" if place else name, old.get(name), new.get(name))
 
 
 def _short(value: Any) -> str:
