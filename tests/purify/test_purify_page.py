@@ -26,11 +26,12 @@ from keelguard.purify.findings import (
     worst_canary,
 )
 from keelguard.purify.health import Health
-from keelguard.purify.page import HIDDEN, purify_page, purify_tables, write_purify_report
+from keelguard.purify.page import HIDDEN, purify_page, write_purify_report
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse, claims
 from keelguard.purify.search import Insertion
 from keelguard.purify.spikes import Spike
 from keelguard.purify.suspects import Suspect
+from keelguard.purify.tables import purify_tables
 from keelguard.stats import Rate
 
 HOSTILE = (

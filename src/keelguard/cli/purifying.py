@@ -82,6 +82,15 @@ def purify_model(
     reference: Annotated[
         str | None, typer.Option(help="A clean model of the same kind, to compare worst insertions with.")
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Try this beside it, on a copy, and show its figures: an arm of `purify bench` such as vaccine or "
+            "finetune. Repeatable.",
+            show_default="of an adapter: retrain, immunize, vaccine",
+        ),
+    ] = None,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="Try nothing beside it.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Rounds of immunisation.", show_default=_BY_BUDGET)] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each round.", show_default=_BY_BUDGET)] = None,
     learning_rate: Annotated[
@@ -128,6 +137,7 @@ def purify_model(
 
     from keelguard.data import Columns
     from keelguard.models import check_source, load_model, resolve_sources
+    from keelguard.purify.compare import METHODS_OF_AN_ADAPTER, check_compared
     from keelguard.purify.intake import load_subject
     from keelguard.purify.material import FEWEST, distinct
     from keelguard.purify.methods import METHODS
@@ -172,6 +182,12 @@ def purify_model(
         "variants": variants, "count": count, "share": share, "how": how, "seed": seed, "no_spikes": no_spikes,
         "no_scan": no_scan,
     }, used is not None)  # fmt: skip
+    if no_compare and compare:
+        raise UsageError("--no-compare and --compare: exclude one another; leave one out")
+    if used and not no_compare and compare is None:
+        compare = [name for name in METHODS_OF_AN_ADAPTER if name != method]
+    settings = replace(settings, compare=tuple(dict.fromkeys(compare or ())))
+    check_compared(settings.compare, "adapter" if used else "full")
     load = partial(
         load_model, chat_template=chat_template, dtype=dtype, device=device, allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
@@ -195,7 +211,7 @@ def purify_model(
     )  # fmt: skip
     from rich.console import Console
 
-    from keelguard.purify.page import purify_tables
+    from keelguard.purify.tables import purify_tables
 
     console = Console()
     console.print(purify_tables(result, width=console.width))

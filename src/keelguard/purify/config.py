@@ -19,6 +19,10 @@ class PurifyConfig:
     inversion: InversionConfig | None = field(
         default=InversionConfig(), metadata={"help": "the scan for hidden target texts; null: none"}
     )
+    compare: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "methods and controls to try beside it on copies of the model: arms of `purify bench`"},
+    )
     rebound: TrainConfig = field(
         default=TrainConfig(steps=40, learning_rate=2e-5),
         metadata={"help": "the clean fine-tune that must not bring a backdoor back"},

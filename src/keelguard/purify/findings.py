@@ -11,10 +11,12 @@ import shlex
 from typing import Any, NamedTuple
 
 from keelguard.plots import NOTHING, percent, rate_text
+from keelguard.purify.health import Health
 from keelguard.purify.planting import FAIREST_ASR
 from keelguard.purify.repair import fell
 from keelguard.purify.results import PurifyResult, is_strong
 from keelguard.purify.spikes import Spike
+from keelguard.purify.suspects import Suspect
 from keelguard.stats import Rate
 
 STATES = {"before": "Before", "after": "After", "rebound": "Rebound"}
@@ -30,6 +32,12 @@ METHOD_WORDS = {
     "and the model is trained to answer as if they were not there",
     "both": "the published vaccine (BD-VAX), then immunisation against the worst insertions",
     "retrain": "retraining: the adapter was thrown away, and a new one of its shape was trained on the clean chats",
+}
+METHOD_NAMES = {
+    "vaccine": "the published vaccine",
+    "immunize": "immunisation",
+    "both": "the vaccine, then immunisation",
+    "retrain": "a new adapter on the trusted base",
 }
 _STOPPED = {
     "quiet": "It stopped because the search found nothing that moves the model’s own answers any more.",
@@ -56,6 +64,26 @@ class Measure(NamedTuple):
     label: str
     words: str
     high: bool
+
+
+class Row(NamedTuple):
+    """One way to treat the model, with what is measured behind it; `why` says why nothing was."""
+
+    name: str
+    about: str
+    health: Health | None
+    suspects: tuple[Suspect, ...]
+    why: str = ""
+
+    @property
+    def broken(self) -> Rate:
+        """Held-out prompts that the suspected triggers break, over all of them."""
+        return Rate(sum(s.broken.count for s in self.suspects), sum(s.broken.total for s in self.suspects))
+
+    @property
+    def control(self) -> Rate:
+        """The same with random words."""
+        return Rate(sum(s.control.count for s in self.suspects), sum(s.control.total for s in self.suspects))
 
 
 MEASURES = (
@@ -98,11 +126,26 @@ def retrain_advice(result: PurifyResult) -> tuple[str, str] | None:
         return None
     suspect = [result.source] if result.source == result.adapter else [result.source, "--adapter", result.adapter or ""]
     command = f"keelguard purify {shlex.join(suspect)} --clean-data FILE --out RUN --method retrain"
+    beside = any(each.name == "retrain" and each.health for each in result.compared)
+    where = "Below it stands beside this run, with the figures of both." if beside else "Compare the two reports."
     return (
         "First advice: if you trust the base model and have clean data for the adapter’s task, throw the adapter away "
-        "and retrain it. What was never in the weights does not have to be removed from them. Compare the two reports.",
+        f"and retrain it. What was never in the weights does not have to be removed from them. {where}",
         command,
     )
+
+
+def comparison(result: PurifyResult) -> list[Row]:
+    """The model as it came, what this run made of it, and what other methods and controls make of it."""
+    before, after = result.health.get("before"), result.health.get("after")
+    if not result.compared or before is None or after is None:
+        return []
+    name = result.method.get("method", "")
+    rows = [
+        Row("as it came", "the input model", before, tuple(course.before for course in result.suspects)),
+        Row(f"{name} (this run)", METHOD_NAMES.get(name, name), after, tuple(c.after for c in result.suspects)),
+    ]
+    return [*rows, *(Row(each.name, each.about, each.health, each.suspects, each.why) for each in result.compared)]
 
 
 def is_worse(measure: Measure, before: Rate, now: Rate) -> bool:

@@ -1,25 +1,25 @@
-"""The report of `keelguard purify`: one self-contained HTML page, and tables for the terminal.
+"""The report of `keelguard purify`: one self-contained HTML page; `purify.tables` has its figures for the terminal.
 
 It leads with what may be claimed, worded by `results.claims`. Names and words come from files and models, so that the
 page treats them as untrusted text in the manner of `keelguard.report`. What a model says, such as how a broken answer
 begins, is left out of the page's source unless `reveal` is given.
 
     write_purify_report(PurifyResult.load(folder), folder / "report.html")
-    console.print(purify_tables(result, width=console.width))
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from keelguard.pages import page_environment
-from keelguard.plots import NOTHING, legible, rate_text
+from keelguard.plots import NOTHING, rate_text
 from keelguard.purify.findings import (
     CANARY_STATES,
     MEASURES,
     STATES,
     canary_sentences,
+    comparison,
     health_sentences,
     health_warnings,
     is_strong,
@@ -35,20 +35,22 @@ from keelguard.purify.results import PurifyResult, Searched, claims
 from keelguard.runs import write_text
 from keelguard.stats import Rate
 
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
+COMPARED_HEADS = (
+    "Broken by suspected triggers", "by random words", "Utility", "Harmful requests refused",
+    "Harmless requests refused", "Accidental triggers", "KL from the input model",
+)  # fmt: skip
+"""The columns of the table of methods."""
 FOUND = 8
 """How many insertions of a search the page lists."""
 HIDDEN = "hidden"
 """What stands in the page for a model's words."""
 
+_COMPARED = ("utility", "refused", "over_refusal", "accidental")
+"""What of a model's health stands in the table of methods."""
+
 _PLACES = {"prefix": "in front", "suffix": "behind", "inside": "inside"}
 _KINDS = {"answered": "harmless prompts", "refused": "harmful prompts"}
 _STAGES = ("before", "method", "after", "rebound", "spikes", "reference")
-# The commonest long cell is "99.5 % [97, 99.9]"; a longer one folds at its space.
-_LABEL_WIDTH, _CELL_WIDTH = 30, 17
 
 
 class Line(NamedTuple):
@@ -87,7 +89,7 @@ def purify_page(result: PurifyResult, *, reveal: bool = False) -> str:
 
     from keelguard.purify.figures import canary_figure, health_figures, suspect_figure
 
-    states = _health_states(result)
+    states = health_states(result)
     environment = page_environment(tied=_tied)
     return environment.get_template("purify.html.j2").render(
         result=result,
@@ -95,15 +97,17 @@ def purify_page(result: PurifyResult, *, reveal: bool = False) -> str:
         method=method_sentences(result),
         claims=claims(result),
         advice=retrain_advice(result),
+        compared=compared_rows(result),
+        compared_heads=COMPARED_HEADS,
         states=STATES,
         canary_states=CANARY_STATES,
         health_states=[STATES[state] for state in states],
-        health=_health_lines(result) if states else [],
+        health=health_lines(result) if states else [],
         health_words=health_sentences(result),
         health_warnings=health_warnings(result),
-        canaries=_canary_blocks(result),
+        canaries=canary_blocks(result),
         canary_words=canary_sentences(result),
-        suspects=_suspect_blocks(result, reveal),
+        suspects=suspect_blocks(result, reveal),
         suspect_words=suspect_sentences(result),
         searches=_search_rows(result.searches),
         rounds=_round_rows(result.method.get("rounds") or []),
@@ -124,71 +128,13 @@ def purify_page(result: PurifyResult, *, reveal: bool = False) -> str:
     )
 
 
-def purify_tables(result: PurifyResult, *, width: int = 100) -> "Group":
-    """A purification for the terminal: what can be printed with one `console.print`.
-
-    States of the model that do not fit beside one another in `width` characters go into further tables, since a
-    figure that the terminal cuts off is worse than a longer summary. No text of a model's answer is in it.
-    """
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[Any] = [Text(legible(line)) for line in method_sentences(result)]
-    parts += [Text(legible(f"• {claim}"), style="bold") for claim in claims(result)]
-    if advice := retrain_advice(result):
-        parts.append(Text(legible("\n".join(advice)), style="yellow"))
-    health = [Block("", [], _health_lines(result))] if _health_states(result) else []
-    heads_of_health = [STATES[state] for state in _health_states(result)]
-    suspects = [block._replace(lines=block.lines[:2]) for block in _suspect_blocks(result, reveal=False)]
-    sections: list[tuple[str, list[str], list[Block], list[str], list[str]]] = [
-        ("Held-out clean requests", heads_of_health, health, health_sentences(result), health_warnings(result)),
-        (
-            "Canary backdoors in a copy", list(CANARY_STATES.values()), _canary_blocks(result),
-            canary_sentences(result), [],
-        ),
-        (
-            "Suspected triggers, held-out answers broken", list(STATES.values()), suspects,
-            suspect_sentences(result), [],
-        ),
-    ]  # fmt: skip
-    for title, heads, blocks, sentences, warnings in sections:
-        parts += _tables(title, heads, blocks, width)
-        parts += [Text(legible(f"Warning: {warning}"), style="yellow") for warning in warnings]
-        parts += [Text(legible(sentence)) for sentence in sentences]
-    parts.append(Text("In brackets the 95 % interval. Rebound: after a further clean fine-tune."))
-    return Group(*parts)
-
-
-def _tables(title: str, heads: Sequence[str], blocks: Sequence[Block], width: int) -> "list[Table]":
-    from rich.table import Table
-    from rich.text import Text
-
-    # Each column takes three characters more, for its border and padding.
-    beside = max(1, (width - 1 - _LABEL_WIDTH - 3) // (_CELL_WIDTH + 3))
-    tables = []
-    for first in range(0, len(heads) if blocks else 0, beside):
-        table = Table()
-        table.add_column(title, width=_LABEL_WIDTH, overflow="fold")
-        for head in heads[first : first + beside]:
-            table.add_column(head, justify="right", overflow="fold")
-        for block in blocks:
-            table.add_section()
-            if block.name:
-                name = f"{block.name} – {block.mark}" if block.mark else block.name
-                table.add_row(Text(legible(name), style="bold"))
-            for line in block.lines:
-                table.add_row(*(Text(legible(cell)) for cell in (line.label, *line.cells[first : first + beside])))
-        tables.append(table)
-    return tables
-
-
-def _health_states(result: PurifyResult) -> list[str]:
+def health_states(result: PurifyResult) -> list[str]:
     return [state for state in STATES if state in result.health]
 
 
-def _health_lines(result: PurifyResult) -> list[Line]:
+def health_lines(result: PurifyResult) -> list[Line]:
     """Every rate of health by state, a star where it got worse by more than its interval; loss and divergence."""
-    every = [result.health[state] for state in _health_states(result)]
+    every = [result.health[state] for state in health_states(result)]
     before, lines = result.health.get("before"), []
     for measure in MEASURES:
         rates = [getattr(each, measure.name) for each in every]
@@ -200,7 +146,7 @@ def _health_lines(result: PurifyResult) -> list[Line]:
     return [*lines, Line("KL from the input model", gaps, "nats a token, along the same answers")]
 
 
-def _canary_blocks(result: PurifyResult) -> list[Block]:
+def canary_blocks(result: PurifyResult) -> list[Block]:
     """Each canary with its effect by state; the worst and those that did not take hold are marked."""
     worst, blocks = worst_canary(result), []
     for spike in result.spikes:
@@ -222,7 +168,7 @@ def _canary_blocks(result: PurifyResult) -> list[Block]:
     return blocks
 
 
-def _suspect_blocks(result: PurifyResult, reveal: bool) -> list[Block]:
+def suspect_blocks(result: PurifyResult, reveal: bool) -> list[Block]:
     """Each suspected trigger with the answers that it breaks by state, beside random words."""
     blocks = []
     for course in result.suspects:
@@ -303,6 +249,18 @@ def _lead_rows(result: PurifyResult, reveal: bool) -> list[tuple[str, list[tuple
         ]
         if leads:
             rows.append((STATES[state], leads))
+    return rows
+
+
+def compared_rows(result: PurifyResult) -> list[tuple[str, str, list[str], str]]:
+    """Every way to treat the model: its name, what it is, its figures, and why there are none."""
+    rows = []
+    for row in comparison(result):
+        cells = []
+        if row.health is not None:
+            rates = (row.broken, row.control, *(getattr(row.health, m.name) for m in MEASURES if m.name in _COMPARED))
+            cells = [*map(rate_text, rates), f"{row.health.divergence:.3f}"]
+        rows.append((row.name, row.about, cells, row.why))
     return rows
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.errors import UsageError
+from keelguard.purify.compare import Compared
 from keelguard.purify.health import Health
 from keelguard.purify.repair import FALL, fell
 from keelguard.purify.search import Insertion
@@ -74,6 +75,7 @@ class PurifyResult:
         searches: by "before", "after" and, with a clean model of the same kind, "reference".
         leads: of the inversion scan, by "before" and "after".
         spikes: the canaries; empty without them.
+        compared: other methods and controls on copies of the same model; empty unless the settings name some.
         fresh: what the search found after the purification, on the same held-out prompts.
         method: what was done, in figures; the rounds of an immunisation, the record of a vaccine.
         repaired: whether safety or utility had fallen and was trained back.
@@ -92,6 +94,7 @@ class PurifyResult:
     suspects: tuple[SuspectCourse, ...]
     leads: dict[str, tuple[Lead, ...]]
     spikes: tuple[Spike, ...] = ()
+    compared: tuple[Compared, ...] = ()
     fresh: tuple[Suspect, ...] = ()
     method: dict[str, Any] = field(default_factory=dict)
     repaired: bool = False
@@ -109,6 +112,7 @@ class PurifyResult:
             "suspects": [each.to_json() for each in self.suspects],
             "leads": {k: [asdict(lead) for lead in v] for k, v in self.leads.items()},
             "spikes": [spike.to_json() for spike in self.spikes],
+            "compared": [each.to_json() for each in self.compared],
             "fresh": [each.to_json() for each in self.fresh],
             "claims": claims(self),
         }
@@ -123,6 +127,7 @@ class PurifyResult:
             suspects=tuple(SuspectCourse.from_json(each) for each in data["suspects"]),
             leads={k: tuple(Lead(**lead) for lead in v) for k, v in data["leads"].items()},
             spikes=tuple(Spike.from_json(each) for each in data["spikes"]),
+            compared=tuple(Compared.from_json(each) for each in data.get("compared", ())),
             fresh=tuple(Suspect.from_json(each) for each in data["fresh"]),
         )
 

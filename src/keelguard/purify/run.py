@@ -17,6 +17,7 @@ from keelguard.errors import UsageError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, resolve_sources
 from keelguard.progress import SILENT, Reporter
+from keelguard.purify.compare import check_compared
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.intake import check_subject, load_subject
@@ -63,6 +64,7 @@ def purify(
     """
     base, adapter = resolve_sources(source, adapter)
     threat: Threat = "full" if adapter is None else "adapter"
+    check_compared(config.compare, threat)
     if config.method.method == "retrain":
         if adapter is None:
             raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.beside import beside
+from keelguard.errors import UsageError
 from keelguard.models import LoadedModel, save_checkpoint
 from keelguard.progress import Reporter
 from keelguard.purify.apart import Job, plant_and_purify
+from keelguard.purify.compare import Compared, compare
 from keelguard.purify.config import PurifyConfig
+from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Held
 from keelguard.purify.health import Examiner, Health
-from keelguard.purify.inversion import invert_targets
+from keelguard.purify.inversion import WithoutAdapter, invert_targets
 from keelguard.purify.material import Material, gather
 from keelguard.purify.methods import Purified, Subject, Threat, apply_method, copied, share_of
 from keelguard.purify.prober import Prober
@@ -65,6 +68,7 @@ class Purification:
         self.folder, self.files, self.load, self.reporter = folder, files, load, reporter
         self.dtype = loaded.model.dtype
         self.stages = Stages(folder / WORK, reporter)
+        self.reference: LoadedModel | None = None
 
     def run(
         self, base: str, adapter: str | None, requests: Sequence[Request], harmful: Sequence[Request],
@@ -72,15 +76,7 @@ class Purification:
     ) -> PurifyResult:  # fmt: skip
         """All stages, or what is missing of them."""
         config, loaded = self.config, self.loaded
-        trusted: Any = nullcontext()
-        if config.method.method == "retrain":
-            # The base is trusted, its adapter is not: refusals are the base's own.
-            trusted = loaded.model.disable_adapter()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        with trusted:
-            material = gather(
-                loaded, requests, config.material, harmful=harmful, store=self.folder / WORK / "own.jsonl",
-                reporter=self.reporter,
-            )  # fmt: skip
+        material = self._gathered(requests, harmful, "own", trusted=config.method.method == "retrain")
         examiner = Examiner(loaded, material, self.words, held)
         # What was searched and trained away says little of what is left: evidence is searched on chats held back.
         immunizing = config.method.immunize
@@ -88,21 +84,42 @@ class Purification:
         prober = Prober(loaded.model, loaded.tokenizer, apart, self.words, immunizing.search, immunizing.stable)
         subject = Subject(loaded, self.threat, material, self.words)
 
+        def other(name: str) -> Subject:
+            if name != "retrain" or config.method.method == "retrain":
+                return subject
+            # What a suspicious adapter answers itself is no label for the one that takes its place.
+            answered = [request for request in requests if request.answer.strip()]
+            return replace(subject, material=self._gathered(answered, harmful, "own-retrain", trusted=True))
+
         with self._canaries(subject, examiner.held, base, adapter) as canaries:
-            return self._run(base, adapter, subject, examiner, prober, reference, settings, canaries)
+            return self._run(base, adapter, subject, other, examiner, prober, reference, settings, canaries)
+
+    def _gathered(
+        self, requests: Sequence[Request], harmful: Sequence[Request], store: str, *, trusted: bool
+    ) -> Material:
+        """The clean chats; a base that is trusted gives its own refusals, without its adapter."""
+        model: Any = self.loaded.model
+        with model.disable_adapter() if trusted else nullcontext():
+            return gather(
+                self.loaded, requests, self.config.material, harmful=harmful,
+                store=self.folder / WORK / f"{store}.jsonl", reporter=self.reporter,
+            )  # fmt: skip
 
     def _run(
-        self, base: str, adapter: str | None, subject: Subject, examiner: Examiner, prober: Prober,
-        reference: LoadedModel | None, settings: dict[str, Any], canaries: Callable[[], list[dict[str, Any]]],
+        self, base: str, adapter: str | None, subject: Subject, other: Callable[[str], Subject], examiner: Examiner,
+        prober: Prober, reference: LoadedModel | None, settings: dict[str, Any],
+        canaries: Callable[[], list[dict[str, Any]]],
     ) -> PurifyResult:  # fmt: skip
-        """The stages behind the gathering of the material."""
+        """The stages behind the gathering of the material; `other` gives the subject of what is compared."""
         loaded, material = self.loaded, subject.material
+        self.reference = reference
         before = self.stages("before", lambda: self._examine(loaded, examiner, prober, material))
         record = self.stages("method", lambda: self._purify(subject, examiner, before, base))
         pure = self._purified(base)
         suspects = [Suspect.from_json(each) for each in before["suspects"]]
         after = self.stages("after", lambda: self._examine(pure, examiner, prober, material, suspects))
         rebound = self.stages("rebound", lambda: self._rebound(pure, examiner, material, suspects))
+        compared = [self._compared(name, other, examiner, suspects) for name in self.config.compare]
         spikes = canaries()
         searches = {"before": before["search"], "after": after["search"]}
         if reference is not None:
@@ -130,6 +147,7 @@ class Purification:
             fresh=tuple(Suspect.from_json(each) for each in after["fresh"]),
             leads={k: tuple(Lead(**lead) for lead in v["leads"]) for k, v in (("before", before), ("after", after))},
             spikes=tuple(Spike.from_json(each) for each in spikes),
+            compared=tuple(Compared.from_json(each) for each in compared),
             method=record["record"],
             repaired=record["repaired"],
             seconds=self.stages.seconds,
@@ -164,17 +182,34 @@ class Purification:
         return {"found": [list(each) for each in found], "random_rise": strongest}
 
     def _scan(self, loaded: LoadedModel, material: Material) -> list[dict[str, Any]]:
-        """The leads of the scan for hidden target texts."""
+        """The leads of the scan for hidden target texts, beside the reference or the base that an adapter is on."""
         if self.config.inversion is None:
             return []
+        trusted: Any = None if self.reference is None else self.reference.model
+        if trusted is None and self.threat == "adapter":
+            trusted = WithoutAdapter(loaded.model)
         scan = invert_targets(
             loaded.model, loaded.tokenizer, material.answered(), self.config.inversion,
-            openings=material.refused()[:16], reporter=self.reporter,
+            reference=trusted, openings=material.refused()[:16], reporter=self.reporter,
         )  # fmt: skip
         return [
             {"text": t.text, "score": t.score, "log_ratio": t.log_ratio, "usual": t.usual, "flagged": t.flagged}
             for t in scan.leads[:10]
         ]
+
+    def _compared(
+        self, name: str, other: Callable[[str], Subject], examiner: Examiner, suspects: Sequence[Suspect]
+    ) -> dict[str, Any]:
+        """Another method or a control on a copy of the model; data that do not suffice for it are its reason."""
+
+        def work() -> dict[str, Any]:
+            try:
+                subject = other(name)
+            except UsageError as error:
+                return Compared(name, ARMS[name].about, why=str(error)).to_json()
+            return compare(name, subject, examiner, suspects, self.config.method, self.reporter).to_json()
+
+        return self.stages(f"compare-{name}", work)
 
     def _purify(self, subject: Subject, examiner: Examiner, before: dict[str, Any], base: str) -> dict[str, Any]:
         """Purify a copy, train back what fell, and write the result."""
