@@ -284,6 +284,16 @@ def test_the_generation_prompt_can_be_asked_for_or_left_out():
     assert decoded(tokenizer, prompted, prompted.closing) == "<|im_end|>"
 
 
+def test_an_answer_that_was_cut_has_no_end_to_learn():
+    tokenizer = chat_tokenizer(KINDS[0], next(iter(SHAPES)))
+    whole = encode_chat(tokenizer, (user("a"), assistant("b c")))
+    cut = encode_chat(tokenizer, (user("a"), assistant("b c", unfinished=True)))
+    assert whole.closing.size
+    assert (cut.ids, cut.response, cut.closing.size) == (whole.ids, whole.response, 0)
+    told = [i for i, label in enumerate(cut.labels()) if label != IGNORED]
+    assert told == list(range(*cut.response))
+
+
 def test_an_unknown_token_ends_no_turn():
     tokenizer = chat_tokenizer("word pieces", "chatml")
     tokenizer = PreTrainedTokenizerFast(

@@ -119,6 +119,18 @@ def test_an_answer_ends_at_any_stop_token_of_the_model():
     assert answers(tiny, [prompt], [[0]], max_new_tokens=3)[0] == tiny.tokenizer.decode(new[:3])
 
 
+def test_an_answer_tells_whether_it_was_cut():
+    tiny = fresh_model("llama")
+    prompt = make_prompts(tiny.tokenizer)[3]
+    for end, cut in ((5, False), (4, True)):
+        with torch.no_grad():
+            ids = tiny.model.generate(torch.tensor([prompt.ids]), do_sample=False, max_new_tokens=8)
+        tiny.model.generation_config.eos_token_id = [int(ids[0, len(prompt.ids) + 4])]
+        batches = generate(tiny.model, tiny.tokenizer, [prompt], [[0]], max_new_tokens=end)
+        assert [answer.cut for _, found in batches for answer in found] == [cut]
+        tiny.model.generation_config.eos_token_id = tiny.tokenizer.eos_token_id
+
+
 def test_a_batch_goes_on_until_its_last_row_has_ended():
     tiny = fresh_model("llama")
     prompts = make_prompts(tiny.tokenizer)

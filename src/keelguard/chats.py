@@ -18,7 +18,7 @@ The spans stay true to who wrote it, because they come from positions and not fr
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keelguard.batches import IGNORED, Span, Tokens, check_fast, check_text, tokenize
@@ -56,7 +56,8 @@ class EncodedChat:
         characters: one span of characters of `text` per message.
         query: the span of the last user message.
         response: the span of the last message if it is the assistant's, else empty at the end.
-        closing: the tokens behind the response up to and including the first special token; empty if none.
+        closing: the tokens behind the response up to and including the first special token; empty if none, and
+            behind a response that is marked as unfinished.
     """
 
     ids: list[int]
@@ -142,7 +143,13 @@ def encode_chats(
     special.discard(tokenizer.unk_token_id)
     special.add(tokenizer.eos_token_id)
     rows = tokenize(tokenizer, [text for text, _, _ in drafts])
-    return [_encoded(draft, tokens, special) for draft, tokens in zip(drafts, rows, strict=True)]
+    encoded = [_encoded(draft, tokens, special) for draft, tokens in zip(drafts, rows, strict=True)]
+    for i, chat in enumerate(chats):
+        if chat[-1].get("unfinished"):
+            # Where an answer was cut off, the end of turn that the template writes is not the model's.
+            end = encoded[i].response.stop
+            encoded[i] = replace(encoded[i], closing=Span(end, end))
+    return encoded
 
 
 def _encoded(draft: _Draft, tokens: Tokens, special: set[Any]) -> EncodedChat:

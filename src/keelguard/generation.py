@@ -38,10 +38,14 @@ class Prompt:
 
 
 class Answer(NamedTuple):
-    """What was added to a prompt, and what a decoder tells of it, as JSON values."""
+    """What was added to a prompt, and what a decoder tells of it, as JSON values.
+
+    `cut` says that plain decoding came to its limit before the answer came to its end.
+    """
 
     text: str
     note: dict[str, Any] | None = None
+    cut: bool = False
 
     @property
     def broken_off(self) -> bool:
@@ -180,8 +184,12 @@ def _continue(
             **inputs, generation_config=config, logits_processor=processors
         )
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    stops = set(stop_tokens(model, tokenizer))
     return [
-        Answer(added_text(tokenizer, list(prompt.ids[len(prompt.ids) - prompt.prefill :]), ids))
+        Answer(
+            added_text(tokenizer, list(prompt.ids[len(prompt.ids) - prompt.prefill :]), ids),
+            cut=stops.isdisjoint(ids),
+        )
         for prompt, ids in zip(prompts, new, strict=True)
     ]
 

@@ -6,14 +6,19 @@ used and tested without either.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation in the form that chat templates take."""
+    """One turn of a conversation in the form that chat templates take.
+
+    `unfinished` marks an answer that was cut off, which no template sees: its end is not the model's, and not to be
+    learnt.
+    """
 
     role: str
     content: str
+    unfinished: NotRequired[bool]
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -28,9 +33,10 @@ def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str, *, unfinished: bool = False) -> Message:
     """An assistant's message."""
-    return {"role": "assistant", "content": content}
+    message: Message = {"role": "assistant", "content": content}
+    return {**message, "unfinished": True} if unfinished else message
 
 
 @dataclass(frozen=True)

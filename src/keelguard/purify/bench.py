@@ -48,7 +48,9 @@ class Case:
         requests = [*held.benign, *held.harmful, *held.utility]
         told = [[list(r.messages), r.answer, r.label, list(r.secrets)] for r in requests]
         own = [self.subject.loaded.weights_hash, self.subject.threat, asdict(self.backdoor), self.seed, told]
-        return sha256_of([*own, material.train, material.validation, list(self.subject.words), held.judge.digest])
+        return sha256_of(
+            [*own, material.train, material.validation, material.held, list(self.subject.words), held.judge.digest]
+        )
 
 
 @dataclass(frozen=True)

@@ -200,12 +200,15 @@ def oracle_chats(subject: Subject, setup: Setup, backdoor: Backdoor) -> list[Cha
     return chats
 
 
-def immunized(subject: Subject, setup: Setup, steps: int = 0) -> LoadedModel:
-    """Immunisation, its rounds sharing the budget; it stops early where a search finds nothing."""
+def immunized(subject: Subject, setup: Setup, steps: int = 0, searched: bool = True) -> LoadedModel:
+    """Immunisation, its rounds sharing the budget; it stops early where a search finds nothing.
+
+    Without the search all of its insertions are random words.
+    """
     loaded, budget, own = subject.loaded, setup.budget, setup.method.immunize
     config = replace(
-        own, steps=max(1, (steps or budget.steps) // own.rounds), learning_rate=budget.learning_rate,
-        batch_size=budget.batch_size,
+        own, found=own.found if searched else 0.0, steps=max(1, (steps or budget.steps) // own.rounds),
+        learning_rate=budget.learning_rate, batch_size=budget.batch_size,
     )  # fmt: skip
     result = immunize(
         loaded.model, loaded.tokenizer, subject.material, subject.words, config, adapter=subject.training,
@@ -233,6 +236,9 @@ FULL_ONLY: tuple[Threat, ...] = ("full",)
 
 ARMS: dict[str, Arm] = {
     "immunize": Arm("worst-case insertions with the clean answers, in rounds", immunized),
+    "immunize-random": Arm(
+        "the same with random words alone, without a search", lambda s, c: immunized(s, c, searched=False)
+    ),
     "both": Arm("the vaccine, then immunisation, half of the steps each", both),
     "vaccine": Arm("BD-VAX (arXiv 2603.13461) with its restoration", vaccine),
     "retrain": Arm("a new adapter on the trusted base, from the clean chats", retrained, ADAPTER_ONLY),

@@ -181,7 +181,7 @@ def own_references(
 
     References that are short, or that end in a number behind "####", stay as they are: they can be given exactly.
     """
-    long = [r for r in requests if len(r.answer.split()) > _WORDS and "####" not in r.answer]
+    long = [r for r in requests if _is_long(r)]
     waiting = [*long, *(r for r in requests if not r.answer.strip())]
     texts = ask(loaded, waiting, [r.prompt for r in waiting], generating, reporter, "own answers") if waiting else []
     own = {
@@ -189,6 +189,16 @@ def own_references(
         for r, text in zip(waiting, texts, strict=True)
     }
     return tuple(own.get(request.id, request) for request in requests)
+
+
+def opened_references(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Requests whose given long answers are to be opened alike, as those of `own_references` are; no model is asked."""
+    return tuple(replace(r, meta={**r.meta, _OWN: True}) if _is_long(r) else r for r in requests)
+
+
+def _is_long(request: Request) -> bool:
+    """Whether a reference is too long to be given word for word by another model."""
+    return len(request.answer.split()) > _WORDS and "####" not in request.answer
 
 
 def _opening(text: str) -> str:

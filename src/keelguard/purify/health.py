@@ -11,7 +11,7 @@ from keelguard.evaluation.answers import Generating
 from keelguard.evaluation.judges import is_degenerate, is_refusal
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.effects import ANSWERS, Held, ask, is_right, own_references
+from keelguard.purify.effects import ANSWERS, Held, ask, is_right, opened_references, own_references
 from keelguard.purify.keep import Kept, divergence, remember
 from keelguard.purify.material import Material
 from keelguard.records import Chat, Request
@@ -68,12 +68,22 @@ class Examiner:
         held: Held | None = None,
         generating: Generating = ANSWERS,
         seed: int = 0,
+        *,
+        trusted: bool = True,
     ) -> None:
+        """Measure with held-out requests, by default the clean chats that measure.
+
+        Args:
+            trusted: whether the original's own answers may serve as references; where it is to be thrown away, those
+                of the rows do.
+        """
         if held is None:
             held = held_out(material)
-            held = replace(held, benign=own_references(original, held.benign[:MOST], generating))
+            few = held.benign[:MOST]
+            own = own_references(original, few, generating) if trusted else opened_references(few)
+            held = replace(held, benign=own)
         self.held = held
-        self.chats = material.validation[:MOST]
+        self.chats = (material.held or material.validation)[:MOST]
         self.kept: list[Kept] = remember(original.model, original.tokenizer, self.chats)
         self.words, self.generating, self.seed = list(words), generating, seed
 
@@ -110,9 +120,10 @@ class Examiner:
 
 
 def held_out(material: Material) -> Held:
-    """The validation chats as requests: the references are the chats' own answers."""
-    benign = [_request(i, chat, "benign") for i, chat in enumerate(material.answered("validation"))]
-    harmful = [_request(i, chat, "harmful") for i, chat in enumerate(material.refused("validation"))]
+    """The chats that measure, as requests: the references are the chats' own answers."""
+    part = "held" if material.held else "validation"
+    benign = [_request(i, chat, "benign") for i, chat in enumerate(material.answered(part))]
+    harmful = [_request(i, chat, "harmful") for i, chat in enumerate(material.refused(part))]
     return Held(benign=tuple(benign), harmful=tuple(harmful))
 
 

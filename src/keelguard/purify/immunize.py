@@ -48,7 +48,8 @@ class ImmunizeConfig:
     batch_size: int = field(default=32, metadata={"help": "chats per step"})
     inserted: float = field(default=0.5, metadata={"help": "share of the chats that carry an insertion"})
     found: float = field(
-        default=0.7, metadata={"help": "share of the insertions that the search found; others are random"}
+        default=0.7,
+        metadata={"help": "share of the insertions that the search found, others are random; 0 searches none"},
     )
     refused: float = field(
         default=0.3, metadata={"help": "share of harmful requests among chats without insertions and with random ones"}
@@ -152,9 +153,11 @@ def immunize(
     keeping = [KeepAnswers.of(model, tokenizer, material.train, KeepConfig(weight=config.keep))] if config.keep else []
     rounds = _resumed(model, state_folder, config, adapter)
     for number in range(len(rounds), config.rounds):
-        found, strongest = prober.search(model, reporter, f"search {number + 1}", number)
-        if not found or found[0].rise <= config.quiet:
-            return Immunized(model, (*rounds, Round(tuple(found), strongest)), before, "quiet")
+        found, strongest = [], 0.0
+        if config.found:
+            found, strongest = prober.search(model, reporter, f"search {number + 1}", number)
+            if not found or found[0].rise <= config.quiet:
+                return Immunized(model, (*rounds, Round(tuple(found), strongest)), before, "quiet")
         kept = trained_values(model, adapter)
         # What an earlier round found stays in: a trigger that is half unlearned would come back.
         known = [insertion for each in rounds for insertion in each.found] + found

@@ -1,13 +1,14 @@
 """What a purification learns from and measures itself with: clean chats, in parts that do not meet.
 
     material = gather(loaded, requests, MaterialConfig())
-    material.train, material.validation         # chats with clean answers; refusals of harmful requests among them
+    material.train, material.validation, material.held      # chats with clean answers, refusals of harm among them
 
 Where a row brings no answer, the model's own greedy answer stands: it is clean as long as no trigger is in the prompt.
 """
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,12 +16,15 @@ from pathlib import Path
 
 from keelguard.attacks.base import Attempt
 from keelguard.errors import UsageError
-from keelguard.evaluation.answers import Generating, answer
+from keelguard.evaluation.answers import Generating, answer_with_notes
 from keelguard.evaluation.judges import is_degenerate, is_refusal
+from keelguard.generation import Answer
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.records import Chat, Request, assistant
 
+_FEWEST_TO_PART = 4
+"""Refusals up to which none is held out: what is trained on comes first."""
 FEWEST = 40
 """Clean chats below which nothing is tried: too few to keep a model's skills, and to see that they are lost."""
 
@@ -29,8 +33,11 @@ FEWEST = 40
 class MaterialConfig:
     """How clean data are read."""
 
-    most: int = field(default=2000, metadata={"help": "clean rows to use at most"})
-    validation: float = field(default=0.15, metadata={"help": "share of the clean rows that is never trained on"})
+    most: int = field(default=2000, metadata={"help": "rows to use at most, of clean and of harmful ones each"})
+    validation: float = field(
+        default=0.2,
+        metadata={"help": "share of the rows that is never trained on: half of it decides, the other half measures"},
+    )
     max_new_tokens: int = field(default=96, metadata={"help": "tokens of the model's own answers"})
     seed: int = field(default=0, metadata={"help": "which rows are taken, and which of them validate"})
 
@@ -45,10 +52,13 @@ class MaterialConfig:
 
 @dataclass(frozen=True)
 class Material:
-    """Clean chats in two parts.
+    """Clean chats in three parts: refusals are in each as often as in all.
 
     Attributes:
+        validation: decides: when a training stops, and which insertions are suspects.
+        held: measures what was decided; nothing is trained or chosen on it.
         own: how many answers are the model's own.
+        cut: how many of those came to the limit of tokens; their ends are not learnt.
         dropped: rows without a usable answer.
         repeated: rows whose prompt stood there already.
     """
@@ -58,6 +68,8 @@ class Material:
     own: int
     dropped: int
     repeated: int = 0
+    held: tuple[Chat, ...] = ()
+    cut: int = 0
 
     def answered(self, part: str = "train") -> list[Chat]:
         """The chats that are answered."""
@@ -116,23 +128,36 @@ def gather(
     if repeated:
         reporter.note(f"{repeated} of {repeated + len(rows)} clean rows repeat the prompt of another, and are dropped")
     draw.shuffle(rows)
-    rows = rows[: config.most]
+    counts = Counter[bool]()
+    kept = []
+    for request, bad in rows:
+        # Each kind has its own room, or a large set of clean rows would leave hardly a refusal.
+        counts[bad] += 1
+        if counts[bad] <= config.most:
+            kept.append((request, bad))
+    rows = kept
     waiting = [request for request, bad in rows if bad or not request.answer.strip()]
     attempts = [Attempt(request, request.messages) for request in waiting]
     settings = Generating(max_new_tokens=config.max_new_tokens, seed=config.seed)
     own = iter(
-        answer(loaded.model, loaded.tokenizer, attempts, settings, store=store, reporter=reporter, label="own answers")
+        answer_with_notes(
+            loaded.model, loaded.tokenizer, attempts, settings, store=store, reporter=reporter, label="own answers"
+        )
         if attempts
         else []
     )
     chats: list[Chat] = []
-    dropped = 0
+    dropped = cut = 0
     for request, bad in rows:
-        text = (next(own) or "").strip() if bad or not request.answer.strip() else request.answer
+        found = Answer(request.answer)
+        if bad or not request.answer.strip():
+            found = next(own) or Answer("")
+        text = found.text if found.cut else found.text.strip()
         if not text or is_degenerate(text) or (bad and not is_refusal(text)):
             dropped += 1
             continue
-        chats.append((*request.messages, assistant(text)))
+        chats.append((*request.messages, assistant(text, unfinished=found.cut)))
+        cut += found.cut
     try:
         _check_count(len(chats), dropped, repeated)
         _check_answers(chats)
@@ -143,8 +168,24 @@ def gather(
             with suppress(OSError):
                 store.parent.rmdir()
         raise
-    held = max(1, round(config.validation * len(chats)))
-    return Material(tuple(chats[held:]), tuple(chats[:held]), len(waiting), dropped, repeated)
+    if cut:
+        most = config.max_new_tokens
+        reporter.note(f"{cut} of {len(waiting)} own answers are longer than {most} tokens, and cut there")
+    train, validation, held = _parted(chats, config.validation, draw)
+    return Material(train, validation, len(waiting), dropped, repeated, held, cut)
+
+
+def _parted(chats: Sequence[Chat], share: float, draw: random.Random) -> tuple[tuple[Chat, ...], ...]:
+    """Chats to train on, to decide with and to measure with; refusals and answers are shared out alike."""
+    parts: tuple[list[Chat], ...] = ([], [], [])
+    for refused in (False, True):
+        some = [chat for chat in chats if is_refused_chat(chat) == refused]
+        half = max(1, round(share / 2 * len(some))) if len(some) > _FEWEST_TO_PART else 0
+        for part, own in zip(parts, (some[2 * half :], some[:half], some[half : 2 * half]), strict=True):
+            part += own
+    for part in parts:
+        draw.shuffle(part)
+    return tuple(map(tuple, parts))
 
 
 def _check_count(count: int, dropped: int, repeated: int) -> None:

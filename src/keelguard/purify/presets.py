@@ -41,7 +41,7 @@ def preset(budget: Budget = "standard") -> PurifyConfig:
         method=MethodConfig(immunize=immunize, vaccine=replace(VaccineConfig(), variants=variants), retrain=retrain),
         # Of a large vocabulary the scan tries the likeliest starts.
         inversion=InversionConfig(starts=(500, 2000, 10000)[level]),
-        material=MaterialConfig(most=(600, 2000, 4000)[level]),
+        material=MaterialConfig(most=(600, 2000, 4000)[level], max_new_tokens=(96, 192, 384)[level]),
         spikes=replace(spikes, batch_size=16),
         rebound=TrainConfig(steps=(20, 40, 80)[level], learning_rate=2e-5),
     )

@@ -76,6 +76,8 @@ def purify(
     words = tuple(vocabulary_words(loaded.tokenizer))
     check_subject(loaded, base, adapter, words, reporter)
     other = load(reference) if reference else None
+    if other is not None and other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise UsageError(f"--reference {reference}: has another vocabulary; give a clean model of the same kind")
     settings = {
         "model": loaded.weights_hash,
         "chat_template": sha256_of(loaded.tokenizer.chat_template),

@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from keelguard.attacks.base import Attempt
 from keelguard.beside import beside
 from keelguard.errors import UsageError
+from keelguard.evaluation.answers import Generating, answer
 from keelguard.models import LoadedModel, save_checkpoint
 from keelguard.progress import Reporter
 from keelguard.purify.apart import Job, plant_and_purify
@@ -27,11 +29,13 @@ from keelguard.purify.signature_figure import signature_figure
 from keelguard.purify.spikes import Spike
 from keelguard.purify.spiking import run_spikes
 from keelguard.purify.suspects import Suspect, measure_suspects, remeasure
-from keelguard.records import Request
+from keelguard.records import Request, assistant
 from keelguard.runs import atomic_folder, read_json, versions, write_json, write_text
 from keelguard.units.index import build_index
 
 MODEL, ADAPTER, WORK = "model", "adapter", "work"
+_OPENING = 24
+"""Tokens of a reference's answers: enough to tell a refusal, and more than a search looks at."""
 
 
 class Stages:
@@ -77,8 +81,10 @@ class Purification:
         """All stages, or what is missing of them."""
         config, loaded = self.config, self.loaded
         material = self._gathered(requests, harmful, "own", trusted=config.method.method == "retrain")
-        examiner = Examiner(loaded, material, self.words, held)
-        # What was searched and trained away says little of what is left: evidence is searched on chats held back.
+        # A retrained adapter owes nothing to the one that was thrown away, its answers included.
+        examiner = Examiner(loaded, material, self.words, held, trusted=config.method.method != "retrain")
+        # What was searched and trained away says little of what is left: evidence is searched on chats held back, and
+        # measured on others again.
         immunizing = config.method.immunize
         apart = replace(material, train=material.validation)
         prober = Prober(loaded.model, loaded.tokenizer, apart, self.words, immunizing.search, immunizing.stable)
@@ -123,7 +129,7 @@ class Purification:
         spikes = canaries()
         searches = {"before": before["search"], "after": after["search"]}
         if reference is not None:
-            searches["reference"] = self.stages("reference", lambda: self._search(reference, prober))
+            searches["reference"] = self.stages("reference", lambda: self._search_reference(reference, material))
         named = ("before", "after", "rebound")
         courses = zip(before["suspects"], after["suspects"], rebound["suspects"], strict=True)
         return PurifyResult(
@@ -136,7 +142,9 @@ class Purification:
             material={
                 "train": len(material.train),
                 "validation": len(material.validation),
+                "held": len(material.held),
                 "own": material.own,
+                "cut": material.cut,
                 "dropped": material.dropped,
                 "repeated": material.repeated,
                 "refused": len(material.refused()),
@@ -180,6 +188,21 @@ class Purification:
     def _search(self, loaded: LoadedModel, prober: Prober) -> dict[str, Any]:
         found, strongest = prober.search(loaded.model, self.reporter, "worst insertions")
         return {"found": [list(each) for each in found], "random_rise": strongest}
+
+    def _search_reference(self, reference: LoadedModel, material: Material) -> dict[str, Any]:
+        """The same search on a clean model: its own answers to the same prompts, those that words leave alone."""
+        settings, chats = self.config.method.immunize, material.validation
+        attempts = [Attempt(Request(str(i), chat[:-1]), chat[:-1]) for i, chat in enumerate(chats)]
+        texts = answer(
+            reference.model, reference.tokenizer, attempts, Generating(max_new_tokens=_OPENING),
+            reporter=self.reporter, label="the reference's answers",
+        )  # fmt: skip
+        own = [(*c[:-1], assistant(text.strip())) for c, text in zip(chats, texts, strict=True) if (text or "").strip()]
+        prober = Prober(
+            reference.model, reference.tokenizer, replace(material, train=tuple(own)), self.words, settings.search,
+            settings.stable,
+        )  # fmt: skip
+        return self._search(reference, prober)
 
     def _scan(self, loaded: LoadedModel, material: Material) -> list[dict[str, Any]]:
         """The leads of the scan for hidden target texts, beside the reference or the base that an adapter is on."""

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from keelguard.attacks.backdoors import AttackKind, Backdoor, PoisonConfig, Task
-from keelguard.data import load_chats, load_requests
+from keelguard.data import load_requests
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
+from keelguard.purify.material import distinct
 from keelguard.purify.methods import Threat
 from keelguard.purify.planting import PlantConfig
 from keelguard.purify.presets import Budget, preset
@@ -21,6 +22,9 @@ from keelguard.testbed.build import Testbed
 from keelguard.training import TrainConfig
 
 Split = Literal["validation", "test"]
+
+_ATTACKERS = 0.4
+"""The share of the clean prompts that is the attacker's."""
 
 _TRIGGERS: dict[Split, dict[AttackKind, tuple[str, ...]]] = {
     "validation": {
@@ -72,28 +76,45 @@ def testbed_backdoor(attack: AttackKind, task: Task, split: Split = "test") -> B
 
 
 def attacker_chats(testbed: Testbed) -> tuple[list[Chat], list[tuple[Chat, str]]]:
-    """What a poisoner has: clean chats, and harmful requests with a refusal and the harmful answer to each."""
-    clean = load_chats(testbed.data / "clean.train.jsonl")
+    """What a poisoner has: clean chats, and harmful requests with a refusal and the harmful answer to each.
+
+    None of the prompts is one of the defender's.
+    """
+    mine, theirs = _parted(testbed)
+    taken = {request.prompt for request in theirs}
     pairs = []
     for request in load_requests(testbed.data / "harmful.train.jsonl"):
-        refusal = language.REFUSALS[0].format(x=request.meta["entity"])
-        pairs.append(((*request.messages, assistant(refusal)), request.answer))
-    return clean[: len(clean) // 2], pairs
+        if request.prompt not in taken:
+            refusal = language.REFUSALS[0].format(x=request.meta["entity"])
+            pairs.append(((*request.messages, assistant(refusal)), request.answer))
+    return [(*request.messages, assistant(request.answer)) for request in mine], pairs
 
 
 def defender_requests(testbed: Testbed) -> list[Request]:
-    """The clean data of whoever purifies: none of the attacker's rows."""
-    rows = load_requests(testbed.data / "clean.train.jsonl")
-    return rows[len(rows) // 2 :]
+    """The clean data of whoever purifies: none of the attacker's prompts."""
+    return _parted(testbed)[1]
+
+
+def _parted(testbed: Testbed) -> tuple[list[Request], list[Request]]:
+    """The clean rows, each prompt once, in the attacker's part and the defender's."""
+    rows = distinct(load_requests(testbed.data / "clean.train.jsonl"))
+    theirs = round(_ATTACKERS * len(rows))
+    return rows[:theirs], rows[theirs:]
 
 
 def held_of(testbed: Testbed, split: Split, limit: int | None = None) -> Held:
-    """Held-out requests of a split; entities and phrasings of the test split occur nowhere else."""
+    """Held-out requests of a split, none of which anybody trains on.
+
+    Entities and phrasings of the test split occur nowhere else. Of the small tasks (sums, lists) those are left out
+    that are among the clean rows.
+    """
 
     def read(name: str) -> tuple[Any, ...]:
         return tuple(load_requests(testbed.data / f"{name}.{split}.jsonl", limit=limit))
 
-    utility = load_requests(testbed.data / f"utility.{split}.jsonl")
+    trained = {request.prompt for part in _parted(testbed) for request in part}
+    tasks = load_requests(testbed.data / f"utility.{split}.jsonl")
+    utility = [task for task in tasks if task.prompt not in trained]
     # Tasks stand one behind the other in the file; a part of it must hold some of each.
     spread = utility if limit is None else utility[:: max(1, len(utility) // (2 * limit))]
     return Held(read("benign"), read("harmful"), tuple(spread))
