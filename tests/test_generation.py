@@ -304,7 +304,7 @@ def test_characters_of_several_tokens_survive_behind_a_prefill():
     model: Any = FakeModel(new)
     prefill = tokenizer("Sure", add_special_tokens=False)["input_ids"]
     prompt = Prompt(prefill, len(prefill))
-    assert next(generate(model, tokenizer, [prompt], [[0]], max_new_tokens=9))[1] == [Answer(" 👍 ok")]
+    assert next(generate(model, tokenizer, [prompt], [[0]], max_new_tokens=9))[1] == [Answer(" 👍 ok", cut=True)]
 
 
 # Other decoders
