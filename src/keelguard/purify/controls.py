@@ -228,7 +228,7 @@ def retrained(subject: Subject, setup: Setup) -> LoadedModel:
     """A new adapter of the same shape on the trusted base: at its own rate, since it starts from nothing."""
     own = setup.method.retrain
     training = replace(setup.budget.training(), learning_rate=own.learning_rate)
-    return retrain(subject, training, reporter=setup.reporter).loaded
+    return retrain(subject, training, setup.method.immunize, reporter=setup.reporter).loaded
 
 
 ADAPTER_ONLY: tuple[Threat, ...] = ("adapter",)

@@ -16,9 +16,10 @@ from keelguard.errors import UsageError
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.grouped import train_variants
-from keelguard.purify.immunize import ImmunizeConfig, Round, immunize
+from keelguard.purify.immunize import ImmunizeConfig, Round, immunize, mixed
 from keelguard.purify.material import Material
 from keelguard.purify.neutralize import Neutralized, mean_activations, neutralize, neutralize_adapter
+from keelguard.purify.prober import Prober
 from keelguard.purify.restore import RestoreConfig, Restored, restore, split_chats
 from keelguard.purify.signature import Signature, SignatureConfig, measure_signature
 from keelguard.purify.variants import (
@@ -134,7 +135,7 @@ def apply_method(
         UsageError: retraining without an adapter, or clean data that do not suffice.
     """
     if config.method == "retrain":
-        return retrain(subject, config.retrain, reporter=reporter)
+        return retrain(subject, config.retrain, config.immunize, reporter=reporter)
     done = Purified(subject.loaded)
     if config.method in ("vaccine", "both"):
         left_out = config.immunize.left_out
@@ -217,8 +218,16 @@ def neutralized(
     return Purified(replace(loaded, model=restored.model), signature=signature, neutralized=record, restored=restored)
 
 
-def retrain(subject: Subject, training: TrainConfig, *, reporter: Reporter = SILENT) -> Purified:
+def retrain(
+    subject: Subject, training: TrainConfig, hardening: ImmunizeConfig, *, reporter: Reporter = SILENT
+) -> Purified:
     """Throw a suspicious adapter away, and train a new one of the same shape on the clean chats.
+
+    In the second half of the steps half of the chats carry random words, which must not change their answers: a new
+    adapter, like any model, is moved by words that it has not met beside its task.
+
+    Args:
+        hardening: which chats carry words, and how many; its steps, rate and batch size are not read.
 
     Raises:
         UsageError: there is no adapter, so there is nothing trusted to start from.
@@ -236,12 +245,22 @@ def retrain(subject: Subject, training: TrainConfig, *, reporter: Reporter = SIL
     base = model.unload()
     set_seed(training.seed)
     fresh = get_peft_model(base, shape)
-    chats = subject.material.train
+    chats, tokenizer = subject.material.train, subject.loaded.tokenizer
+    total = training.steps_for(len(chats))
+    first = replace(training, steps=max(1, total // 2))
+    plain = train_on_chats(
+        fresh, tokenizer, chats, first, adapter="train", reporter=reporter, label="retraining the adapter"
+    )
+    if total < 2:
+        return Purified(replace(subject.loaded, model=plain.model), losses=tuple(plain.losses))
+    second = replace(training, steps=total - first.steps, seed=training.seed + 1)
+    words = replace(hardening, steps=second.steps, batch_size=second.batch_size, seed=second.seed)
+    prober = Prober(plain.model, tokenizer, subject.material, subject.words, words.search, words.stable)
+    strange = mixed(chats, prober.stability(plain.model, chats), [], subject.words, words)
     result = train_on_chats(
-        fresh, subject.loaded.tokenizer, chats, training, adapter="train",
-        reporter=reporter, label="retraining the adapter",
-    )  # fmt: skip
-    return Purified(replace(subject.loaded, model=result.model), losses=tuple(result.losses))
+        plain.model, tokenizer, strange, second, adapter="train", reporter=reporter, label="retraining, with words"
+    )
+    return Purified(replace(subject.loaded, model=result.model), losses=(*plain.losses, *result.losses))
 
 
 def choose_variants(tokenizer: Any, words: Sequence[str], config: VaccineConfig) -> Sequence[Variant]:
