@@ -112,7 +112,7 @@ def gather(
     asked = {_conversation(r): (r, bad) for some, bad in ((requests, False), (harmful, True)) for r in distinct(some)}
     rows = list(asked.values())
     repeated = len(requests) + len(harmful) - len(rows)
-    _check_count(len(rows), 0, repeated)
+    check_count(len(rows), 0, repeated)
     if repeated:
         reporter.note(f"{repeated} of {repeated + len(rows)} clean rows repeat the prompt of another, and are dropped")
     draw.shuffle(rows)
@@ -134,7 +134,7 @@ def gather(
             continue
         chats.append((*request.messages, assistant(text)))
     try:
-        _check_count(len(chats), dropped, repeated)
+        check_count(len(chats), dropped, repeated)
         _check_answers(chats)
     except UsageError:
         if store is not None:
@@ -143,11 +143,23 @@ def gather(
             with suppress(OSError):
                 store.parent.rmdir()
         raise
-    held = max(1, round(config.validation * len(chats)))
+    held = split_sizes(len(chats), config)[1]
     return Material(tuple(chats[held:]), tuple(chats[:held]), len(waiting), dropped, repeated)
 
 
-def _check_count(count: int, dropped: int, repeated: int) -> None:
+def split_sizes(count: int, config: MaterialConfig) -> tuple[int, int]:
+    """How many of so many different rows are trained on and how many validate, if all of them are usable."""
+    count = min(count, config.most)
+    held = max(1, round(config.validation * count))
+    return count - held, held
+
+
+def check_count(count: int, dropped: int, repeated: int) -> None:
+    """Refuse too few usable rows.
+
+    Raises:
+        UsageError: there are fewer than `FEWEST`.
+    """
     if count < FEWEST:
         twice = f"; {repeated} repeat the prompt of another" if repeated else ""
         raise UsageError(

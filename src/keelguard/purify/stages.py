@@ -13,6 +13,7 @@ from keelguard.progress import Reporter
 from keelguard.purify.apart import Job, plant_and_purify
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
+from keelguard.purify.feasible import check_chats
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.inversion import invert_targets
 from keelguard.purify.material import Material, gather
@@ -81,6 +82,7 @@ class Purification:
                 loaded, requests, config.material, harmful=harmful, store=self.folder / WORK / "own.jsonl",
                 reporter=self.reporter,
             )  # fmt: skip
+        check_chats(material.train, config)
         examiner = Examiner(loaded, material, self.words, held)
         # What was searched and trained away says little of what is left: evidence is searched on chats held back.
         immunizing = config.method.immunize
@@ -187,7 +189,7 @@ class Purification:
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound
-            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original)
+            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original, frozen=done.frozen)
             repaired = True
         self._write(pure, base)
         if done.signature is not None:
