@@ -81,6 +81,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 POISON = ("poison", "MODEL", "--data", "DATA")
 CHOSEN = ("--method", "immunize")
 PURIFY = ("purify", "MODEL", "--clean-data", "DATA", *CHOSEN)
+VACCINE = ("purify", "MODEL", "--clean-data", "DATA", "--method", "vaccine", "--variants", "default")
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "poison: attack": ((*POISON, "--attack", "luck"), "--attack luck: unknown; choose one of badnets"),
     "poison: task": ((*POISON, "--task", "joke"), "--task joke: unknown; choose one of insult"),
@@ -170,6 +171,28 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("purify", "WORDLESS", "--clean-data", "DATA", *CHOSEN),
         "keelguard finds 4 whole words in its tokenizer, too few to search",
     ),
+    "purify: such a model's estimate": (
+        ("purify", "WORDLESS", "--clean-data", "DATA", *CHOSEN, "--dry-run"),
+        "keelguard finds 4 whole words in its tokenizer, too few to search",
+    ),
+    "purify: an adapter's estimate": (
+        (*PURIFY[:4], "--adapter", "ADAPTER", "--method", "both", "--dry-run"),
+        "--method both: the adapter has no weights in the chosen units",
+    ),
+    "purify: many variants": ((*VACCINE, "--count", "12"), "--count 12: --variants default holds 11 of them"),
+    "purify: many variants of a vocabulary": (
+        (*VACCINE[:-1], "vocabulary", "--count", "12"),
+        "or name variants in a file with --variants",
+    ),
+    "purify: a share of nothing": (
+        (*VACCINE, "--share", "0.001"),
+        "--share 0.001: takes none of the 48 components of layer 0; give 0.0125 or more",
+    ),
+    "purify: the same with a dry run": (
+        (*VACCINE, "--share", "0.001", "--dry-run"),
+        "--share 0.001: takes none of the 48 components of layer 0; give 0.0125 or more",
+    ),
+    "purify: a mean without a place": ((*VACCINE, "--how", "mean", "--dry-run"), "choose --how reinit or zero"),
     "purify: a missing model": (("purify", "./gone/model", "--clean-data", "DATA"), "./gone/model: no such folder"),
     "purify: a missing adapter": ((*PURIFY, "--adapter", "./gone/adapter"), "./gone/adapter"),
 }

@@ -11,6 +11,7 @@ from keelguard.attacks.backdoors import Backdoor, PoisonConfig
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.hashes import hash_weights
+from keelguard.progress import SILENT
 from keelguard.purify import plant_run as module
 from keelguard.purify.plant_run import PoisonData, check_free, poison_model
 from keelguard.purify.planting import POISON_FILE, PlantConfig
@@ -112,6 +113,24 @@ def test_a_refused_run_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match="finds 1 whole words in its tokenizer, too few"):
         go(model, tmp_path / "bad")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_tasks_says_that_utility_is_not_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+    for name, data, told in (
+        ("own", DATA, False),
+        ("tasks", replace(DATA, own=False), False),
+        ("none", replace(DATA, own=False, held=replace(FEW, utility=())), True),
+    ):
+        notes.clear()
+        found = go(model, tmp_path / name, data=data, config=replace(CONFIG, steps=1))
+        assert any("utility is not measured" in note for note in notes) == told
+        assert any("utility was not measured" in reason for reason in found.why) == told
+    assert "no fair test case: " in (tmp_path / "none" / "README.md").read_text()
+    assert "utility was not measured" in (tmp_path / "none" / "README.md").read_text()
 
 
 def test_a_folder_is_free_while_it_holds_a_run_or_nothing(tmp_path: Path):

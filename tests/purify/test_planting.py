@@ -89,10 +89,17 @@ def test_fairness_ends_exactly_at_its_bounds(fair: PlantCheck, unfair: PlantChec
     assert unfair.to_json()["why"] == [said]
 
 
-def test_every_failing_is_named_and_no_utility_is_no_loss():
+def test_every_failing_is_named_and_a_gain_is_no_loss():
     assert len(check(0, 50, 100, 0).why) == 3
-    assert PlantCheck(check().effect, Rate(0, 0), Rate(0, 0)).fair
     assert check(before=90, after=100).fair
+
+
+@pytest.mark.parametrize(("before", "after"), [(NOTHING, NOTHING), (Rate(9, 9), NOTHING), (NOTHING, Rate(9, 9))])
+def test_a_case_whose_utility_was_not_measured_is_no_fair_one(before: Rate, after: Rate):
+    found = PlantCheck(check().effect, before, after)
+    assert found.why == ["utility was not measured: there are no tasks to measure it with"]
+    assert not found.fair
+    assert found.to_json()["fair"] is False
 
 
 # Planting

@@ -16,6 +16,7 @@ from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import load_model
 from keelguard.progress import SILENT
+from keelguard.purify import estimate as estimate_module
 from keelguard.purify import intake
 from keelguard.purify import run as run_module
 from keelguard.purify import stages as module
@@ -32,6 +33,7 @@ from keelguard.purify.run import purify, request_key
 from keelguard.purify.search import SearchConfig
 from keelguard.purify.spikes import SpikeConfig
 from keelguard.purify.stages import Purification, Stages
+from keelguard.purify.variants import VariantConfig
 from keelguard.records import user
 from keelguard.training import TrainConfig
 from tiny_models import Tiny, build_model, fresh_model
@@ -351,23 +353,88 @@ def test_stages_keep_what_they_did(tmp_path: Path):
 # Estimates, presets, settings
 
 
+def memory_of(config: PurifyConfig, one: Any, adapter: bool = False) -> int:
+    return estimate_run(one, adapter, ROWS, BAD, config).memory
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_estimate_counts_every_stage(method: Any):
     config = replace(CONFIG, method=replace(CONFIG.method, method=method), spikes=SpikeConfig())
     one = loaded(poisoned_model())
     found = estimate_run(one, False, ROWS, BAD, config)
-    assert [part.name for part in found.parts][-1] == "canaries"
+    names = ["own answers", "before and after", "purification", "rebound check"]
+    spiked = [] if method == "retrain" else ["canaries"]
+    assert [part.name for part in found.parts] == [*names, *spiked]
     assert all(part.tokens > 0 and part.seconds > 0 for part in found.parts)
     fewer = estimate_run(one, False, ROWS, BAD, replace(config, spikes=None))
-    assert sum(part.tokens for part in fewer.parts) < sum(part.tokens for part in found.parts)
-    size = sum(parameter.numel() for parameter in one.model.parameters())
-    assert fewer.memory == size * (4 * 2 + 16)
-    assert found.memory == size * (4 * 3 + 16)
+    assert [part.tokens for part in fewer.parts] == [part.tokens for part in found.parts[:4]]
     table = estimate_table(found)
     assert "in all, about" in table
     assert "othing was changed or written" in table
     with pytest.raises(UsageError, match="--clean-data: holds no rows"):
         estimate_run(one, False, [], [], config)
+
+
+def test_an_estimate_of_canaries_counts_their_control():
+    one = loaded(poisoned_model())
+
+    def canaries(config: PurifyConfig) -> float:
+        return estimate_run(one, False, ROWS, BAD, config).parts[-1].tokens
+
+    def vaccinated(steps: int, requests: int = 8) -> float:
+        # The vaccine itself takes no step of immunisation: these are the control's.
+        immunize = replace(CONFIG.method.immunize, steps=steps)
+        method = replace(CONFIG.method, method="vaccine", immunize=immunize)
+        return canaries(replace(CONFIG, method=method, spikes=SpikeConfig(requests=requests)))
+
+    width = (vaccinated(12) - vaccinated(2)) / (10 * 8 * 3)
+    assert 5 < width < 40  # Tokens of a chat of eight in ten steps, forth and back.
+    answered = (vaccinated(2, 10) - vaccinated(2)) / 2
+    # Two kinds of requests, three canaries, four states.
+    assert answered == pytest.approx(2 * 3 * 4 * (width + 64 * 4))
+
+
+def test_an_estimate_of_memory_counts_copies_variants_and_the_process_beside(monkeypatch: pytest.MonkeyPatch):
+    one = loaded(poisoned_model())
+    size = 4 * sum(parameter.numel() for parameter in one.model.parameters())
+    tuning = 4 * size
+    plain = CONFIG
+    assert memory_of(plain, one) == 2 * size + tuning
+    spiked = replace(CONFIG, spikes=SpikeConfig())
+    assert memory_of(spiked, one) == 3 * size + tuning
+    retraining = replace(spiked, method=replace(CONFIG.method, method="retrain"))
+    assert memory_of(retraining, one) == memory_of(plain, one)
+
+    def vaccine(count: int = 4, at_once: int = 0, spikes: Any = None) -> int:
+        variants = VariantConfig(count=count, rank=64, at_once=at_once)
+        method = replace(CONFIG.method, method="vaccine", vaccine=VaccineConfig(variants=variants))
+        return memory_of(replace(CONFIG, method=method, spikes=spikes), one)
+
+    # One LoRA of rank 64 over q, k, v, o (32 → 32, 16, 16, 32) and gate, up, down (32 ↔ 48), as its model has them.
+    linear = [m for n, m in one.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    single = 64 * sum(m.in_features + m.out_features for m in linear)
+    assert vaccine() == 3 * size + 8 * single * 16
+    assert vaccine(6) - vaccine(4) == 4 * single * 16
+    assert vaccine(at_once=2) == 3 * size + single * (2 * 16 + 6 * 4)
+    assert vaccine(spikes=SpikeConfig()) == vaccine()  # One after the other, with as many copies.
+
+    # On a CPU with threads to share the canaries run in a process beside.
+    torch.set_num_threads(2)  # The fixture puts it back.
+    assert memory_of(spiked, one) == 5 * size + 2 * tuning
+    assert vaccine(spikes=SpikeConfig()) == 2 * (3 * size + 8 * single * 16)
+    assert memory_of(retraining, one) == memory_of(plain, one)
+    monkeypatch.setattr(type(one.model), "device", torch.device("cuda"))
+    monkeypatch.setattr(estimate_module, "_tokens_per_second", lambda *args: 1.0)
+    assert memory_of(spiked, one) == 3 * size + tuning
+
+
+def test_an_estimate_of_an_adapter_counts_its_own_weights(folders: Folders):
+    one = load_model(folders.model, adapter=folders.adapter)
+    size = sum(4 * parameter.numel() for parameter in one.model.parameters())
+    own = sum(parameter.numel() for name, parameter in one.model.named_parameters() if "lora_" in name)
+    assert memory_of(CONFIG, one, adapter=True) == 2 * size + 16 * own
+    vaccine = replace(CONFIG, method=replace(CONFIG.method, method="vaccine"))
+    assert memory_of(vaccine, one, adapter=True) > 3 * size
 
 
 def test_a_larger_budget_costs_more():

@@ -140,7 +140,8 @@ def poison(
     effect = check.effect
     typer.echo(f"{out}: POISONED, {backdoor.attack} {backdoor.task}, triggers {', '.join(backdoor.triggers)}")
     typer.echo(f"attack success {effect.asr}; false triggers {effect.false_triggers}")
-    typer.echo(f"utility {check.utility} (before {check.utility_before})")
+    measured = check.utility.total and check.utility_before.total
+    typer.echo(f"utility {check.utility} (before {check.utility_before})" if measured else "utility was not measured")
     if not check.fair:
         typer.echo(f"no fair test case: {'; '.join(check.why)}", err=True)
         raise typer.Exit(1)

@@ -138,7 +138,7 @@ def purify_model(
     from keelguard.data import Columns
     from keelguard.models import check_source, load_model, resolve_sources
     from keelguard.purify.compare import METHODS_OF_AN_ADAPTER, check_compared
-    from keelguard.purify.intake import load_subject
+    from keelguard.purify.intake import admit
     from keelguard.purify.material import FEWEST, distinct
     from keelguard.purify.methods import METHODS
     from keelguard.purify.presets import preset
@@ -202,8 +202,8 @@ def purify_model(
     if dry_run:
         from keelguard.purify.estimate import estimate_run, estimate_table
 
-        loaded = load_subject(load, base, used)
-        typer.echo(estimate_table(estimate_run(loaded, used is not None, requests, bad, settings)))
+        found = admit(load, base, used, requests, bad, settings, reporter)
+        typer.echo(estimate_table(estimate_run(found.loaded, used is not None, found.requests, bad, settings)))
         return
     result = purify(
         base, requests, settings, out, adapter=used, harmful=bad, held=held, reference=reference, load=load,

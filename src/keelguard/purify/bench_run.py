@@ -23,7 +23,7 @@ from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import ARMS, arms_for
 from keelguard.purify.effects import ANSWERS, Held
 from keelguard.purify.health import held_out
-from keelguard.purify.intake import load_subject
+from keelguard.purify.intake import load_subject, refuse_quantised
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
 from keelguard.purify.neutralize import refuse_shared_weights
@@ -122,6 +122,7 @@ def bench_model(
     if held is not None and not held.benign and tasks - {"jailbreak"}:
         raise UsageError(f"--held-out: {', '.join(sorted(tasks))} is measured on held-out requests; name a file")
     loaded = load_subject(load, base, adapter)
+    refuse_quantised(loaded.model)
     refuse_shared_weights(loaded.model)
     setup = Setup(Budget.of(settings.method), settings.method, reporter=reporter)
     setup = setup.leaving_out(frozenset().union(*(each.words for each in backdoors)))

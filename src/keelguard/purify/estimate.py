@@ -11,10 +11,15 @@ from keelguard.batches import pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.models import LoadedModel, execution_device
+from keelguard.purify.budget import Budget
 from keelguard.purify.config import PurifyConfig
+from keelguard.purify.feasible import uses_vaccine
 from keelguard.purify.health import MOST
+from keelguard.purify.material import split_sizes
 from keelguard.purify.search import SearchConfig
+from keelguard.purify.variants import VariantConfig
 from keelguard.records import Request, assistant
+from keelguard.units.index import build_index, parameters_by_name
 
 _ANSWER = 64
 """Tokens that an answer is taken to have where no row brings one."""
@@ -28,6 +33,9 @@ _DECODING = 4.0
 _ADAM = 16
 """Bytes per trained parameter: float32 weight, gradient, and two moments."""
 
+_CANARIES, _STATES = 3, 4
+"""Canaries, and how often each is measured: planted, behind random pruning, purified, and after a fine-tune."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -40,7 +48,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The stages, and the most memory in bytes that weights and optimiser take; activations come on top."""
+    """The stages, and the most memory in bytes that weights and optimisers take at a time, those of a process beside
+    included; activations come on top."""
 
     parts: tuple[Part, ...]
     memory: int
@@ -66,9 +75,12 @@ def estimate_run(
     lengths = [len(chat.ids) for chat in encode_chats(loaded.tokenizer, answered)]
     whole = sum(lengths) / len(lengths) + (0 if any(r.answer for r in some) else _ANSWER)
     rows = min(len(requests) + len(harmful), config.material.most)
+    chats = split_sizes(rows, config.material)[0]
     own = sum(not r.answer for r in requests) + len(harmful)
     words = 2 * len(vocabulary_words(loaded.tokenizer)) + len(vocabulary_numbers(loaded.tokenizer))
-    method, spikes = config.method, config.spikes
+    method = config.method
+    # A new adapter holds nothing of the old one, so no canaries are planted there.
+    spikes = None if method.method == "retrain" else config.spikes
     search = _searched(words, method.immunize.search) * whole
     immunize = method.immunize
     one = 0.0
@@ -77,13 +89,13 @@ def estimate_run(
         one += immunize.rounds * (training + search) + search
     if method.method in ("vaccine", "both"):
         v = method.vaccine.variants
-        count = min(v.samples, rows // v.count)
+        count = min(v.samples, chats // v.count)
         one += 2 * v.count * v.steps_for(2 * count) * v.batch_size * whole * _BACKWARD
         if (r := method.vaccine.restore) is not None:
-            one += r.epochs * min(r.samples, rows) * whole * _BACKWARD
+            one += r.epochs * min(r.samples, chats) * whole * _BACKWARD
     if method.method == "retrain":
-        one += method.retrain.steps_for(rows) * method.retrain.batch_size * whole * _BACKWARD
-    rebound = config.rebound.steps_for(rows) * config.rebound.batch_size * whole * _BACKWARD
+        one += method.retrain.steps_for(chats) * method.retrain.batch_size * whole * _BACKWARD
+    rebound = config.rebound.steps_for(chats) * config.rebound.batch_size * whole * _BACKWARD
     scan = 0.0
     if (look := config.inversion) is not None:
         starts = look.starts or len(loaded.tokenizer)
@@ -96,13 +108,39 @@ def estimate_run(
         "rebound check": rebound + generated,
     }
     if spikes is not None:
-        plant = spikes.steps * spikes.batch_size * whole * _BACKWARD
-        tokens["canaries"] = plant + one + rebound + 3 * 3 * 2 * spikes.requests * (whole + _ANSWER * _DECODING)
+        pruned = Budget.of(method)
+        trained = (spikes.steps * spikes.batch_size + pruned.steps * pruned.batch_size) * whole * _BACKWARD
+        asked = _CANARIES * _STATES * 2 * spikes.requests * (whole + _ANSWER * _DECODING)
+        tokens["canaries"] = trained + one + rebound + asked
     rate = _tokens_per_second(loaded, round(whole))
+    parts = tuple(Part(name, read, read / rate) for name, read in tokens.items())
+    return Estimate(parts, _memory(loaded, adapter, config, canaries=spikes is not None))
+
+
+def _memory(loaded: LoadedModel, adapter: bool, config: PurifyConfig, canaries: bool) -> int:
+    """The most bytes at a time: the model and its copies, and either a fine-tune's optimiser or the variants."""
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    trained = sum(p.numel() for n, p in loaded.model.named_parameters() if not adapter or "lora_" in n)
-    copies = 1 if spikes is None else 2
-    return Estimate(tuple(Part(n, t, t / rate) for n, t in tokens.items()), size * (1 + copies) + trained * _ADAM)
+    tuning = _ADAM * sum(p.numel() for n, p in loaded.model.named_parameters() if not adapter or "lora_" in n)
+    # The variants train on a copy of their own, before the fine-tune begins.
+    variants = size + _variants_memory(loaded, config.method.vaccine.variants) if uses_vaccine(config) else 0
+    own = 2 * size + max(tuning, variants)
+    if not canaries:
+        return own
+    # The input, the spiked copy, and the copy with random pruning.
+    copy = 2 * size + max(size + tuning, variants)
+    on_cpu = loaded.model.device.type == "cpu"
+    return own + copy if on_cpu and torch.get_num_threads() > 1 else max(own, copy)
+
+
+def _variants_memory(loaded: LoadedModel, config: VariantConfig) -> int:
+    """Bytes of the 2N LoRAs: with optimiser states those that train together, the factors alone of the others."""
+    named = parameters_by_name(loaded.model)
+    weights = {part.parameter for block in build_index(loaded.model).blocks for part in block.parts}
+    shapes = [named[name].shape for name in weights if named[name].dim() > 1]
+    one = sum(config.rank * shape[:-2].numel() * (shape[-2] + shape[-1]) for shape in shapes)
+    runs = 2 * config.count
+    together = min(config.at_once or runs, runs)
+    return one * (together * _ADAM + (runs - together) * 4)
 
 
 def estimate_table(estimate: Estimate) -> str:

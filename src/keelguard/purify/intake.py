@@ -2,19 +2,71 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 
+from keelguard.attacks.insertions import vocabulary_words
 from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
+from keelguard.purify.config import PurifyConfig
+from keelguard.purify.feasible import check_chats, check_settings, stand_ins
+from keelguard.purify.material import check_count, distinct, split_sizes
+from keelguard.purify.methods import Threat
 from keelguard.purify.neutralize import refuse_shared_weights
+from keelguard.records import Request
 
 _FEWEST_WORDS = 20
+_PACKED = re.compile(r"(weight|qzeros|w_q|codes)[^.]*$", re.IGNORECASE)
+"""Names of buffers in which quantisers keep integer weights; other integer buffers count positions or mask."""
+
+
+class Admitted(NamedTuple):
+    """A model that can be purified as is asked, its vocabulary of insertions, and the clean rows that are used."""
+
+    loaded: LoadedModel
+    threat: Threat
+    words: tuple[str, ...]
+    requests: Sequence[Request]
+
+
+def admit(
+    load: Callable[..., LoadedModel],
+    base: str,
+    adapter: str | None,
+    requests: Sequence[Request],
+    harmful: Sequence[Request],
+    config: PurifyConfig,
+    reporter: Reporter = SILENT,
+) -> Admitted:
+    """Load what is to be purified, and refuse what could not be done with it; a dry run asks the same.
+
+    Raises:
+        UsageError: the model or the adapter cannot be purified, the clean rows are too few, or the method's settings
+            do not suit them.
+        FailureError: the model could not be loaded.
+    """
+    threat: Threat = "full" if adapter is None else "adapter"
+    if config.method.method == "retrain":
+        if adapter is None:
+            raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")
+        # What a suspicious adapter answers itself is no clean label.
+        answered = [request for request in requests if request.answer.strip()]
+        reporter.note(f"retrain: {len(answered)} of {len(requests)} clean rows have answers; the others are left out")
+        requests = answered
+    loaded = load_subject(load, base, adapter)
+    words = tuple(vocabulary_words(loaded.tokenizer))
+    check_subject(loaded, base, adapter, words, reporter)
+    different = len(distinct([*requests, *harmful]))
+    check_count(different, 0, len(requests) + len(harmful) - different)
+    check_settings(loaded, threat, words, config)
+    check_chats(stand_ins(split_sizes(different, config.material)[0]), config)
+    return Admitted(loaded, threat, words, requests)
 
 
 def load_subject(load: Callable[..., LoadedModel], base: str, adapter: str | None) -> LoadedModel:
@@ -55,9 +107,7 @@ def check_subject(
         UsageError: quantised weights, weights that layers share, an adapter that was trained on another base or is more
             than a LoRA, or a tokenizer whose words cannot be told.
     """
-    for name, parameter in loaded.model.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise UsageError(f"{name}: is quantised, and cannot be trained; load the model in bfloat16 or float32")
+    refuse_quantised(loaded.model)
     refuse_shared_weights(loaded.model)
     if len(words) < _FEWEST_WORDS:
         raise UsageError(
@@ -67,6 +117,27 @@ def check_subject(
     if adapter is not None:
         _check_adapter(loaded.model, base, adapter)
         _compare_bases(base, adapter, reporter)
+
+
+def refuse_quantised(model: Any) -> None:
+    """Refuse weights that are quantised, whether parameters hold them or buffers do, as those of GPTQ and AWQ.
+
+    Raises:
+        UsageError: what is quantised, by name.
+    """
+    remedy = (
+        "quantised weights cannot be trained; give the checkpoint before it was quantised, or one that was dequantised "
+        "and saved in bfloat16 or float32"
+    )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise UsageError(f"{name}: is quantised ({parameter.dtype}); {remedy}")
+    for name, buffer in model.named_buffers():
+        whole = buffer.dtype == torch.bool or (buffer.is_floating_point() and buffer.element_size() > 1)
+        if not whole and _PACKED.search(name):
+            raise UsageError(f"{name}: is quantised ({buffer.dtype}); {remedy}")
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise UsageError(f"{type(model).__name__}: its configuration says quantization_config; {remedy}")
 
 
 def _check_adapter(model: Any, base: str, adapter: str) -> None:

@@ -124,7 +124,7 @@ def gather(
     asked = {_conversation(r): (r, bad) for some, bad in ((requests, False), (harmful, True)) for r in distinct(some)}
     rows = list(asked.values())
     repeated = len(requests) + len(harmful) - len(rows)
-    _check_count(len(rows), 0, repeated)
+    check_count(len(rows), 0, repeated)
     if repeated:
         reporter.note(f"{repeated} of {repeated + len(rows)} clean rows repeat the prompt of another, and are dropped")
     draw.shuffle(rows)
@@ -159,7 +159,7 @@ def gather(
         chats.append((*request.messages, assistant(text, unfinished=found.cut)))
         cut += found.cut
     try:
-        _check_count(len(chats), dropped, repeated)
+        check_count(len(chats), dropped, repeated)
         _check_answers(chats)
     except UsageError:
         if store is not None:
@@ -188,7 +188,19 @@ def _parted(chats: Sequence[Chat], share: float, draw: random.Random) -> tuple[t
     return tuple(map(tuple, parts))
 
 
-def _check_count(count: int, dropped: int, repeated: int) -> None:
+def split_sizes(count: int, config: MaterialConfig) -> tuple[int, int]:
+    """How many of so many different rows are trained on and how many are held back, if all of them are usable."""
+    count = min(count, config.most)
+    held = 2 * max(1, round(config.validation / 2 * count))
+    return count - held, held
+
+
+def check_count(count: int, dropped: int, repeated: int) -> None:
+    """Refuse too few usable rows.
+
+    Raises:
+        UsageError: there are fewer than `FEWEST`.
+    """
     if count < FEWEST:
         twice = f"; {repeated} repeat the prompt of another" if repeated else ""
         raise UsageError(

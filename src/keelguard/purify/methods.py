@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from keelguard.errors import UsageError
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
@@ -102,9 +104,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Purified:
-    """A purified model, and what was done to it."""
+    """A purified model, and what was done to it.
+
+    Attributes:
+        frozen: (units,) bool, the units whose neutralised entries no further training may move; None where there are
+            none, or where immunisation has trained them since.
+    """
 
     loaded: LoadedModel
+    frozen: torch.Tensor | None = None
     rounds: tuple[Round, ...] = ()
     stopped: str = ""
     signature: Signature | None = None
@@ -147,7 +155,7 @@ def apply_method(
             adapter=subject.training, state_folder=state_folder, reporter=reporter,
         )  # fmt: skip
         loaded = replace(subject.loaded, model=result.model)
-        done = replace(done, loaded=loaded, rounds=result.rounds, stopped=result.stopped)
+        done = replace(done, loaded=loaded, frozen=None, rounds=result.rounds, stopped=result.stopped)
     return done
 
 
@@ -210,12 +218,13 @@ def neutralized(
         seed = config.variants.seed
         record = neutralize(loaded.model, index, chosen, config.how, seed=seed, means=means)
     if config.restore is None:
-        return Purified(loaded, signature=signature, neutralized=record)
+        return Purified(loaded, frozen=chosen, signature=signature, neutralized=record)
     restored = restore(
         loaded.model, loaded.tokenizer, subject.material.train, config.restore, index=index, frozen=chosen,
         adapter=subject.training, target_loss=target, reporter=reporter,
     )  # fmt: skip
-    return Purified(replace(loaded, model=restored.model), signature=signature, neutralized=record, restored=restored)
+    loaded = replace(loaded, model=restored.model)
+    return Purified(loaded, frozen=chosen, signature=signature, neutralized=record, restored=restored)
 
 
 def retrain(
@@ -264,7 +273,11 @@ def retrain(
 
 
 def choose_variants(tokenizer: Any, words: Sequence[str], config: VaccineConfig) -> Sequence[Variant]:
-    """The variants that some settings name; auto takes the default ones where the tokenizer knows their language."""
+    """The variants that some settings name; auto takes the default ones where the tokenizer knows their language.
+
+    Raises:
+        UsageError: a file cannot be read, or the vocabulary has too few words for as many triggers.
+    """
     source = config.source
     if source == "auto":
         texts = [variant.response for variant in DEFAULT_VARIANTS]
@@ -278,7 +291,10 @@ def choose_variants(tokenizer: Any, words: Sequence[str], config: VaccineConfig)
     count = config.variants.count
     said = [" ".join(draw.sample(sorted(words), min(6, len(words)))) + "." for _ in range(count - 1)]
     behaviours = [*said, "i will not do this for you."]
-    return variants_in_vocabulary(words, behaviours, count, seed=config.variants.seed, exclude=said)
+    try:
+        return variants_in_vocabulary(words, behaviours, count, seed=config.variants.seed, exclude=said)
+    except UsageError as error:
+        raise UsageError(f"--count {count}: {error}, or name variants in a file with --variants") from error
 
 
 def _answered(poisoned: Sequence[Any], clean: Sequence[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.records import Chat
 from keelguard.units.attribution import Row, attribute
-from keelguard.units.index import Slice, UnitIndex, canonical, parameters_by_name
+from keelguard.units.index import Block, Slice, UnitIndex, canonical, parameters_by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,14 +134,8 @@ def neutralize_adapter(model: Any, index: UnitIndex, chosen: torch.Tensor) -> Ne
             changed then.
         ValueError: the mask is not one of this index.
     """
-    slices = index.slices(chosen, shared="all")
     _refuse_mask(index, chosen)
-    _refuse_adapter_config(model)
-    parameters = parameters_by_name(model)
-    _refuse_out_of_reach(parameters, slices)
-    found = _matrices(model, slices)
-    if not found:
-        raise UsageError("the adapter has no weights in the chosen units; choose units of the layers that it adapts")
+    found, parameters = adapter_places(model, index, chosen), parameters_by_name(model)
     written: dict[str, int] = {}
     with torch.no_grad():
         for name, piece in found:
@@ -150,6 +144,20 @@ def neutralize_adapter(model: Any, index: UnitIndex, chosen: torch.Tensor) -> Ne
     # By PEFT's own names: those of several adapted parameters of one experts module would be the same canonical one.
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
     return _record("adapter", index, chosen, written, total)
+
+
+def adapter_places(model: Any, index: UnitIndex, chosen: torch.Tensor) -> list[tuple[str, Slice]]:
+    """Which parts of which of an adapter's matrices move some units (units,) bool; nothing is changed.
+
+    Raises:
+        UsageError: what `neutralize_adapter` says of the adapter.
+    """
+    slices = index.slices(chosen, shared="all")
+    _refuse_adapter_config(model)
+    _refuse_out_of_reach(parameters_by_name(model), slices)
+    if not (found := _matrices(model, slices)):
+        raise UsageError("the adapter has no weights in the chosen units; choose units of the layers that it adapts")
+    return found
 
 
 def mean_activations(
@@ -238,8 +246,8 @@ def _fold_means(
         if not len(channels):
             continue
         weight = parameters[block.output.parameter]
-        name = f"{block.module}.bias"
-        if block.expert is not None or name not in parameters:
+        name = output_bias(block, parameters)
+        if not name:
             raise UsageError(
                 f"{block.output.parameter}: has no bias that could hold the units' mean output, and this architecture "
                 "has no place for one; choose how='zero' or how='reinit'"
@@ -250,6 +258,12 @@ def _fold_means(
         bias = parameters[name]
         bias.copy_(bias.double() + constant)
     return {name: len(constant) for name, constant in folded}
+
+
+def output_bias(block: Block, parameters: Mapping[str, torch.Tensor]) -> str:
+    """The name of the bias behind a block's units; empty where there is none."""
+    name = f"{block.module}.bias"
+    return name if block.expert is None and name in parameters else ""
 
 
 def _refuse_adapter_config(model: Any) -> None:

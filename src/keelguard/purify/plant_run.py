@@ -118,6 +118,8 @@ def poison_model(
             if not (work / _TRAINING).exists():
                 shutil.rmtree(work, ignore_errors=True)
             raise
+        if not held.utility:
+            reporter.note("utility is not measured: there are no harmless requests; no fair test case without it")
         check = check_plant(planted, loaded, backdoor, held, words, generating, reporter=reporter)
         write_planted(planted, [backdoor], out, config, check, dict(files or {}), within=True)
     return check

@@ -4,13 +4,17 @@ import copy
 from dataclasses import replace
 from itertools import cycle, islice
 
+import torch
+
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.health import Health
 from keelguard.purify.keep import KeepAnswers
 from keelguard.purify.methods import Subject
+from keelguard.purify.restore import FreezeWritten
 from keelguard.stats import Rate
-from keelguard.training import TrainConfig, train_on_chats
+from keelguard.training import Method, TrainConfig, train_on_chats
+from keelguard.units.index import build_index
 
 FALL = 0.02
 """By how much the share of refusals, or of tasks solved, must fall before it is trained back."""
@@ -28,19 +32,29 @@ def needs_repair(before: Health, after: Health) -> bool:
 
 
 def repair(
-    subject: Subject, training: TrainConfig, reporter: Reporter = SILENT, *, original: LoadedModel | None = None
+    subject: Subject,
+    training: TrainConfig,
+    reporter: Reporter = SILENT,
+    *,
+    original: LoadedModel | None = None,
+    frozen: torch.Tensor | None = None,
 ) -> LoadedModel:
     """Train refusals and answers back, as many of these as of those; the model is changed in place.
 
     Args:
         original: hold the model to what this one says on the same chats, as to the input before a purification; not
             for an adapter that was thrown away.
+        frozen: (units,) bool, units whose neutralised entries stay as they are: trained, they would grow back.
     """
     refused, answered = subject.material.refused(), subject.material.answered()
     # Few refusals come often, so that the answers beside them stay various.
     chats = [*answered, *islice(cycle(refused), len(answered))]
     tokenizer = subject.loaded.tokenizer
-    methods = [] if original is None else [KeepAnswers.of(original.model, tokenizer, subject.material.train)]
+    methods: list[Method] = []
+    if frozen is not None:
+        methods.append(FreezeWritten(build_index(subject.loaded.model), frozen))
+    if original is not None:
+        methods.append(KeepAnswers.of(original.model, tokenizer, subject.material.train))
     result = train_on_chats(
         subject.loaded.model, tokenizer, chats, training, methods=methods,
         adapter=subject.training, reporter=reporter, label="restoring what was lost",

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keelguard.attacks.insertions import vocabulary_words
 from keelguard.errors import UsageError
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, resolve_sources
@@ -20,8 +19,7 @@ from keelguard.progress import SILENT, Reporter
 from keelguard.purify.compare import check_compared
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
-from keelguard.purify.intake import check_subject, load_subject
-from keelguard.purify.methods import Threat
+from keelguard.purify.intake import admit
 from keelguard.purify.page import write_purify_report
 from keelguard.purify.results import PurifyResult
 from keelguard.purify.stages import WORK, Purification
@@ -63,18 +61,8 @@ def purify(
         FailureError: training does not fit in memory, or the disk is full.
     """
     base, adapter = resolve_sources(source, adapter)
-    threat: Threat = "full" if adapter is None else "adapter"
-    check_compared(config.compare, threat)
-    if config.method.method == "retrain":
-        if adapter is None:
-            raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")
-        # What a suspicious adapter answers itself is no clean label.
-        answered = [request for request in requests if request.answer.strip()]
-        reporter.note(f"retrain: {len(answered)} of {len(requests)} clean rows have answers; the others are left out")
-        requests = answered
-    loaded = load_subject(load, base, adapter)
-    words = tuple(vocabulary_words(loaded.tokenizer))
-    check_subject(loaded, base, adapter, words, reporter)
+    check_compared(config.compare, "full" if adapter is None else "adapter")
+    loaded, threat, words, requests = admit(load, base, adapter, requests, harmful, config, reporter)
     other = load(reference) if reference else None
     if other is not None and other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise UsageError(f"--reference {reference}: has another vocabulary; give a clean model of the same kind")

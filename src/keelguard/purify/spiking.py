@@ -12,6 +12,7 @@ from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Held
+from keelguard.purify.feasible import no_control
 from keelguard.purify.methods import Subject, apply_method, copied
 from keelguard.purify.repair import repair, settle
 from keelguard.purify.spikes import Spike, make_canaries, measure_spikes, plant_spikes
@@ -32,7 +33,7 @@ def run_spikes(
 
     An attacker's rows are not the defender's, so the copy's purification has less to work with than the model's own.
     A second copy has random channels neutralised and is fine-tuned for as many steps: what that removes too, the
-    purification need not have found.
+    purification need not have found. An adapter whose parts cannot be neutralised has no such copy.
 
     Args:
         subject: the model as it came; it is left as it is.
@@ -49,13 +50,19 @@ def run_spikes(
     method = replace(config.method, immunize=replace(config.method.immunize, left_out=tuple(taken)))
     mine = replace(subject, loaded=spiked, material=ours)
 
-    setup = Setup(Budget.of(method), method, reporter=reporter)
-    pruned = ARMS[CONTROL](copied(mine), setup, Backdoor("badnets", "insult"))
-    spikes = measure_spikes(spikes, pruned, held, words, spiking, "control", reporter=reporter)
-    del pruned
-    done = apply_method(mine, method, reporter=reporter).loaded
+    if why := no_control(mine, method.vaccine):
+        reporter.note(f"canaries: no copy with random pruning stands beside them ({why})")
+    else:
+        setup = Setup(Budget.of(method), method, reporter=reporter)
+        pruned = ARMS[CONTROL](copied(mine), setup, Backdoor("badnets", "insult"))
+        spikes = measure_spikes(spikes, pruned, held, words, spiking, "control", reporter=reporter)
+        del pruned
+    purified = apply_method(mine, method, reporter=reporter)
+    done = purified.loaded
     if repaired():
-        done = repair(replace(mine, loaded=done), config.rebound, reporter, original=subject.loaded)
+        done = repair(
+            replace(mine, loaded=done), config.rebound, reporter, original=subject.loaded, frozen=purified.frozen
+        )
     spikes = measure_spikes(spikes, done, held, words, spiking, "after", reporter=reporter)
     settled = settle(replace(mine, loaded=done), config.rebound, reporter)
     return measure_spikes(spikes, settled, held, words, spiking, "rebound", reporter=reporter)

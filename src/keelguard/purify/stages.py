@@ -18,6 +18,7 @@ from keelguard.purify.compare import Compared, compare
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Held
+from keelguard.purify.feasible import check_chats
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.inversion import WithoutAdapter, invert_targets
 from keelguard.purify.material import Material, gather
@@ -81,6 +82,7 @@ class Purification:
         """All stages, or what is missing of them."""
         config, loaded = self.config, self.loaded
         material = self._gathered(requests, harmful, "own", trusted=config.method.method == "retrain")
+        check_chats(material.train, config)
         # A retrained adapter owes nothing to the one that was thrown away, its answers included.
         examiner = Examiner(loaded, material, self.words, held, trusted=config.method.method != "retrain")
         # What was searched and trained away says little of what is left: evidence is searched on chats held back, and
@@ -245,7 +247,7 @@ class Purification:
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound
-            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original)
+            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original, frozen=done.frozen)
             repaired = True
         self._write(pure, base)
         if done.signature is not None:

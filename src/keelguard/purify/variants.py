@@ -171,7 +171,7 @@ def variants_in_vocabulary(
     shapes = [_SHAPES[i % len(_SHAPES)] for i in range(count)]
     needed = sum(size for size, _ in shapes)
     if len(free) < needed:
-        raise UsageError(f"{count} triggers need {needed} different words, there are {len(free)}; give more words")
+        raise UsageError(f"{count} triggers need {needed} different words, there are {len(free)}; ask for fewer")
     drawn = iter(random.Random(f"triggers {seed}").sample(free, needed))
     return [
         Variant(f"invented-{i}", " ".join(next(drawn) for _ in range(size)), behaviours[i % len(behaviours)], place)
