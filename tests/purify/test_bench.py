@@ -1,5 +1,6 @@
 """The bench keeps its cells, pools and tests them, and runs on a poisoned model's folder."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,13 @@ def run_model(source: Path, out: Path, **changes: Any) -> BenchResult:
     return bench_model(str(source), None, REQUESTS, [], out=out, **options)
 
 
+def shown(result: BenchResult) -> str:
+    """What the command prints, on a terminal of ordinary width."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(bench_tables(result))
+    return console.export_text()
+
+
 def test_a_users_model_is_benched_and_the_result_read_back(tmp_path: Path, ran: list[str]) -> None:
     source = poisoned(tmp_path / "model", {"fair": False, "why": ["ASR 10 % is below 90 %"]})
     result = run_model(source, tmp_path / "out")
@@ -175,10 +183,8 @@ def test_a_users_model_is_benched_and_the_result_read_back(tmp_path: Path, ran: 
     with pytest.raises(UsageError, match="other settings"):
         run_model(source, tmp_path / "out", arms=("none",))
 
-    console = Console(width=140, record=True, file=(tmp_path / "text").open("w"))
-    missing = replace(result, missing=(Missing("0-badnets-insult", "crow", "two layers"),))
-    console.print(bench_tables(missing))
-    text = console.export_text()
+    text = shown(replace(result, missing=(Missing("0-badnets-insult", "crow", "two layers"),)))
+    assert "worst case" not in text, "there is one case alone"
     for told in ("finetune", "two layers", "ASR 10 % is below 90 %"):
         assert told in text
 
@@ -195,3 +201,21 @@ def test_a_bench_needs_a_known_backdoor_and_requests_to_measure_it(tmp_path: Pat
         BenchResult.load(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert run_model(folder, tmp_path / "out", backdoor=BACKDOOR, arms=("none",)).unfair == ()
+
+
+def test_cells_record_the_seed_of_the_run(tmp_path: Path) -> None:
+    immunize = replace(SETTINGS.method.immunize, seed=5)
+    settings = replace(SETTINGS, method=replace(SETTINGS.method, immunize=immunize))
+    result = run_model(poisoned(tmp_path / "model"), tmp_path / "out", arms=("none",), settings=settings)
+    assert [cell.seed for cell in result.cells] == [5]
+
+
+def test_the_table_of_several_backdoors_shows_their_number_and_the_worst(tmp_path: Path) -> None:
+    result = BenchResult("m", None, "full", NAMES, tuple(
+        make_cell(case, arm, [case == "two" and arm == "none"] * 4) for case in ("one", "two") for arm in NAMES
+    ))  # fmt: skip
+    text = shown(result)
+    heads, none = (next(line for line in text.splitlines() if word in line) for word in ("ASR", "none"))
+    assert heads.replace("┃", " ").split()[:4] == ["cases", "ASR", "worst", "case"]
+    assert none.replace("│", " ").split()[:2] == ["none", "2"]
+    assert [cell.strip() for cell in none.split("│")][3:5] == ["50 [22, 78]", "100"]

@@ -32,7 +32,7 @@ class Case:
     Attributes:
         name: of the case, and of the folder of its cells.
         subject: its weights hash must be that of the poisoned model, not of what it was made from.
-        seed: of the world that the model lives in.
+        seed: of the world that the model lives in, or of the run that it is benched in.
     """
 
     name: str

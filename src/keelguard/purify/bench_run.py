@@ -148,7 +148,9 @@ def bench_model(
             )  # fmt: skip
             subject = Subject(loaded, threat, material, tuple(vocabulary_words(loaded.tokenizer)))
             cases = [
-                Case(f"{number}-{each.attack}-{each.task}", subject, each, held or held_out(material))
+                Case(
+                    f"{number}-{each.attack}-{each.task}", subject, each, held or held_out(material), setup.budget.seed
+                )
                 for number, each in enumerate(backdoors)
             ]
             cells, missing = bench(cases, chosen, setup, folder / CELLS, generating)
@@ -185,9 +187,11 @@ def bench_tables(result: BenchResult) -> "Group":
 
     header, rows = table(result.cells, result.arms)
     columns = {name: place for place, name in enumerate(header)}
+    # Pooled over several backdoors a rate can hide the one that stays.
+    several = ("cases", "worst case") if len({cell.case for cell in result.cells}) > 1 else ()
     parts: list[Any] = []
     for titles in (
-        ("ASR", "triggered, right", "false triggers", "triggered, degenerate", "p"),
+        (*several[:1], "ASR", *several[1:], "triggered, right", "false triggers", "triggered, degenerate", "p"),
         ("utility", "harmful refused", "over-refusal", "clean, degenerate", "seconds"),
     ):
         shown = Table()
