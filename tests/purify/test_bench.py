@@ -15,11 +15,11 @@ from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel
 from keelguard.purify import bench as bench_module
-from keelguard.purify.bench import Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
+from keelguard.purify.bench import TWIN, Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
 from keelguard.purify.bench_run import BenchResult, bench_model, bench_tables
 from keelguard.purify.budget import Arm, Budget, Setup
 from keelguard.purify.controls import ARMS
-from keelguard.purify.effects import Effect, Held
+from keelguard.purify.effects import Effect, Held, measure_effect
 from keelguard.purify.health import Health
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.material import Material
@@ -28,6 +28,7 @@ from keelguard.purify.planting import POISON_FILE
 from keelguard.purify.run import PurifyConfig
 from keelguard.records import Chat, Request, assistant, user
 from keelguard.stats import Rate
+from keelguard.training import chat_loss
 from tiny_models import fresh_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,12 +43,17 @@ SHORT = Generating(max_new_tokens=3)
 NAMES = ("none", "finetune")
 
 
-def make_case(name: str = "one", weights: str = "0") -> Case:
+def make_case(name: str = "one", weights: str = "0", twin: LoadedModel | None = None) -> Case:
     tiny = fresh_model("llama")
     subject = Subject(
         LoadedModel(tiny.model, tiny.tokenizer, "tiny", weights), "full", Material(CHATS[:8], CHATS[8:], 0, 0), WORDS
     )
-    return Case(name, subject, BACKDOOR, HELD, seed=7)
+    return Case(name, subject, BACKDOOR, HELD, seed=7, twin=twin)
+
+
+def make_twin(weights: str = "clean", seed: int = 4) -> LoadedModel:
+    tiny = fresh_model("llama", seed)
+    return LoadedModel(tiny.model, tiny.tokenizer, "clean", weights)
 
 
 def make_cell(case: str, arm: str, fired: list[bool], right: int = 0) -> Cell:
@@ -119,6 +125,53 @@ def test_an_arm_that_a_model_cannot_have_is_named_and_holds_up_no_other(tmp_path
     assert [cell.arm for cell in done.cells] == ["none"]
     assert [(each.case, each.arm) for each in done.missing] == [("one", "crow")]
     assert "two" in done.missing[0].reason or "has 2" in done.missing[0].reason
+
+
+def test_a_clean_twin_is_measured_as_it_is_and_never_touched(tmp_path: Path) -> None:
+    twin = make_twin()
+    case = make_case(twin=twin)
+    before = [parameter.clone() for parameter in twin.model.parameters()]
+    done = bench([case, make_case("two")], {name: ARMS[name] for name in NAMES}, SETUP, tmp_path, SHORT)
+    assert [(cell.case, cell.arm) for cell in done.cells] == [
+        *(("one", name) for name in (*NAMES, TWIN)),
+        *(("two", name) for name in NAMES),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(before, twin.model.parameters(), strict=True))
+    none, cell = done.cells[0], done.cells[2]
+    assert cell.health.loss == pytest.approx(chat_loss(twin.model, twin.tokenizer, list(CHATS[8:])))
+    assert cell.health.loss != pytest.approx(none.health.loss)
+    assert cell.health.divergence > 0, "from the poisoned model, as of every arm"
+    assert cell.effect == measure_effect(twin, BACKDOOR, HELD, WORDS, SHORT)
+
+
+def test_a_twin_is_kept_like_any_cell_and_leaves_the_other_cells_alone(tmp_path: Path, ran: list[str]) -> None:
+    arms = {"none": ARMS["none"]}
+    bench([make_case()], arms, SETUP, tmp_path, SHORT)
+    first = bench([make_case(twin=make_twin())], arms, SETUP, tmp_path, SHORT)
+    assert ran == ["one: none", "one: twin"]
+    assert bench([make_case(twin=make_twin())], arms, SETUP, tmp_path, SHORT) == first
+    assert len(ran) == 2
+    other = bench([make_case(twin=make_twin("other", 5))], arms, SETUP, tmp_path, SHORT)
+    bench([make_case(twin=make_twin("other", 5))], arms, replace(SETUP, budget=Budget(steps=3)), tmp_path, SHORT)
+    assert ran[2:] == ["one: twin", "one: none", "one: twin"]
+    assert other.cells[1] != first.cells[1]
+
+
+def test_a_twin_stands_last_or_where_it_is_named_and_is_no_reference() -> None:
+    cells = [
+        make_cell("one", TWIN, [False] * 4, right=4),
+        make_cell("one", "none", [True] * 4),
+        make_cell("one", "finetune", [True, True, False, False]),
+    ]
+    for arms, names in {(): ["none", "finetune", TWIN], (TWIN, "none"): [TWIN, "none"], NAMES: list(NAMES)}.items():
+        found = {row.arm: row for row in pooled(cells, arms)}
+        assert list(found) == names
+        assert found["none"].test is None
+    twin = {row.arm: row for row in pooled(cells)}[TWIN]
+    assert (twin.rates["asr"], twin.rates["correct"], twin.test) == (Rate(0, 4), Rate(4, 4), (0, 4, 0.125))
+    assert pooled(cells[:1])[0].test is None
+    header, rows = table(cells, [TWIN, "none"])
+    assert [row[header.index("p")] for row in rows] == ["0.12", "–"]
 
 
 def test_pooling_sums_the_requests_and_pairs_them_by_case() -> None:
