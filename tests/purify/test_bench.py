@@ -16,7 +16,9 @@ from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel
 from keelguard.purify import bench as bench_module
 from keelguard.purify.bench import TWIN, Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
-from keelguard.purify.bench_run import BenchResult, bench_model, bench_tables
+from keelguard.purify.bench_page import bench_tables
+from keelguard.purify.bench_results import BenchResult
+from keelguard.purify.bench_run import bench_model
 from keelguard.purify.budget import Arm, Budget, Setup
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Effect, Held, measure_effect

@@ -247,8 +247,8 @@ def pooled(cells: Sequence[Cell], arms: Sequence[str] = ()) -> list[Pooled]:
 def table(cells: Sequence[Cell], arms: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Header and rows, rates in percent with their 95 % intervals; the last columns test against the reference arm.
 
-    "only here" counts triggered requests that fire under this arm and not under the reference, "only there" the reverse;
-    p is the exact two-sided McNemar test of them, not corrected for the number of arms.
+    "only here" counts triggered requests that fire under this arm and not under the reference, "only there" the
+    reverse; p is the exact two-sided McNemar test of them, not corrected for the number of arms.
     """
     header = [
         "arm",
