@@ -15,7 +15,8 @@ from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel
 from keelguard.purify import bench as bench_module
-from keelguard.purify.bench import TWIN, Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
+from keelguard.purify import bench_page
+from keelguard.purify.bench import TWIN, TWIN_ABOUT, Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
 from keelguard.purify.bench_page import bench_tables
 from keelguard.purify.bench_results import BenchResult
 from keelguard.purify.bench_run import bench_model
@@ -77,6 +78,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(bench_module, "run_cell", counted)
     return names
+
+
+@pytest.fixture(autouse=True)
+def quick_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else here."""
+    monkeypatch.setattr(bench_page, "interval_bars", lambda *args, title, **kwargs: f"<svg><text>{title}</text></svg>")
 
 
 def test_a_cell_records_what_was_measured_and_survives_json() -> None:
@@ -233,8 +240,14 @@ def test_a_users_model_is_benched_and_the_result_read_back(tmp_path: Path, ran: 
     assert result.cells[0].case == "0-badnets-insult"
     assert result.unfair == ("ASR 10 % is below 90 %",)
     assert BenchResult.load(tmp_path / "out") == result
+    page = tmp_path / "out" / "report.html"
+    html = page.read_text(encoding="utf-8")
+    for told in ("<bdi>model</bdi>", "<code>Amber</code>", *NAMES, "ASR 10\u00a0% is below 90\u00a0%"):
+        assert told in html, told
+    page.unlink()
     assert run_model(source, tmp_path / "out") == result
     assert len(ran) == 2
+    assert page.read_text(encoding="utf-8") == html
     with pytest.raises(UsageError, match="other settings"):
         run_model(source, tmp_path / "out", arms=("none",))
 
@@ -255,7 +268,66 @@ def test_a_bench_needs_a_known_backdoor_and_requests_to_measure_it(tmp_path: Pat
     with pytest.raises(UsageError, match=r"bench\.json"):
         BenchResult.load(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert run_model(folder, tmp_path / "out", backdoor=BACKDOOR, arms=("none",)).unfair == ()
+    told = run_model(folder, tmp_path / "out", backdoor=BACKDOOR, arms=("none",))
+    assert (told.unfair, told.by_caller) == ((), True)
+
+
+def test_an_interrupted_bench_goes_on_with_its_finished_cells(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, clean = poisoned(tmp_path / "model"), fresh_model("llama", seed=4).save(tmp_path / "clean")
+    changes = {"arms": ("none", "magnitude", "finetune"), "twin": str(clean)}
+
+    def stopped(subject: Subject, setup: Setup) -> LoadedModel:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(ARMS, "magnitude", Arm("stopped", stopped))
+        with pytest.raises(KeyboardInterrupt):
+            run_model(source, tmp_path / "out", **changes)
+    finished = read_cells(tmp_path / "out" / "cells")
+    assert not (tmp_path / "out" / "bench.json").exists()
+    result = run_model(source, tmp_path / "out", **changes)
+    case = "0-badnets-insult"
+    assert ran == [f"{case}: {arm}" for arm in ("none", "magnitude", "magnitude", "finetune", TWIN)]
+    assert [cell.arm for cell in result.cells] == ["none", "magnitude", "finetune", TWIN]
+    assert result.cells[:1] == tuple(finished)
+    assert run_model(source, tmp_path / "out", **changes) == result
+    assert len(ran) == 5
+
+
+def test_a_users_clean_twin_is_a_bound_beside_the_arms(tmp_path: Path) -> None:
+    source, clean = poisoned(tmp_path / "model"), fresh_model("llama", seed=4).save(tmp_path / "clean")
+    result = run_model(source, tmp_path / "out", twin=str(clean))
+    assert (result.twin, result.arms) == (str(clean), (*NAMES, TWIN))
+    assert [cell.arm for cell in result.cells] == [*NAMES, TWIN]
+    assert result.cells[2].health.loss == pytest.approx(
+        run_model(clean, tmp_path / "own", backdoor=BACKDOOR).cells[0].health.loss
+    )
+    assert f"{TWIN}: {TWIN_ABOUT}" in shown(result)
+    assert TWIN_ABOUT in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(UsageError, match=r"other settings \(twin"):
+        run_model(source, tmp_path / "out")
+
+
+def test_what_cannot_be_the_clean_twin_is_refused(tmp_path: Path) -> None:
+    source = poisoned(tmp_path / "model")
+    same = fresh_model("llama").save(tmp_path / "same")
+    shallow = fresh_model("llama", num_hidden_layers=1).save(tmp_path / "shallow")
+    foreign = fresh_model("mistral").save(tmp_path / "foreign")
+    for twin, told in ((same, "has the weights of"), (shallow, "missing in the clean"), (foreign, "other tokens")):
+        with pytest.raises(UsageError, match=f"--twin {twin}: .*{told}"):
+            run_model(source, tmp_path / "out", twin=str(twin))
+    with pytest.raises(UsageError, match=f"--twin {same}: of an adapter the base is the clean twin"):
+        bench_model(
+            str(source), "adapter", REQUESTS, [], HELD, BACKDOOR, (), SETTINGS, tmp_path / "out", twin=str(same)
+        )
+    other = fresh_model("llama", seed=4).save(tmp_path / "other")
+    record = json.loads((source / POISON_FILE).read_text())
+    (source / POISON_FILE).write_text(json.dumps({**record, "source": "its/origin", "weights": "ab" * 32}))
+    with pytest.raises(UsageError, match=f"--twin {other}: .* was made from its/origin with the weights abab"):
+        run_model(source, tmp_path / "out", twin=str(other))
+    assert not (tmp_path / "out").exists()
 
 
 def test_cells_record_the_seed_of_the_run(tmp_path: Path) -> None:
