@@ -165,6 +165,21 @@ def test_interval_bars_lie_where_the_rates_say():
     assert [(x - grid[0]) / width for x in (left, dot, right)] == pytest.approx([low, 0.5, high], abs=1e-4)
 
 
+def test_sections_name_what_begins_and_move_what_follows():
+    rates = {"m": [Rate(1, 2), Rate(1, 2), Rate(1, 2)]}
+    plain, parted = (interval_bars(["a", "b", "c"], rates, sections=each) for each in (None, {0: "Ours", 2: "Others"}))
+    assert set(texts(parted)) - set(texts(plain)) == {"Ours", "Others"}
+    assert texts(parted).index("b") < texts(parted).index("Others") < texts(parted).index("c")
+
+    def dots(svg: str) -> list[float]:
+        return [float(e.get("y", "")) for e in ElementTree.fromstring(svg).iter(f"{SVG}use") if e.get("y")][-3:]
+
+    moved = [after - before for before, after in zip(dots(plain), dots(parted), strict=True)]
+    assert moved[0] == pytest.approx(moved[1])
+    assert moved[2] == pytest.approx(2 * moved[0])
+    assert moved[0] > 0
+
+
 def test_figures_are_the_same_twice_and_hold_nothing_foreign():
     for make in (
         lambda: heat_map(["a"], ["m"], [[0.5]]),

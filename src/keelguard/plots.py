@@ -36,7 +36,7 @@ _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
 }
-_MARGIN, _LINE = 0.03, 0.17
+_MARGIN, _LINE, _HEAD = 0.03, 0.17, 0.3
 _CELL_WIDTH, _CELL_HEIGHT = 0.92, 0.38
 _SCALE_WIDTH = 2.5
 
@@ -121,11 +121,16 @@ def heat_map(
 
 
 def interval_bars(
-    labels: Sequence[str], rates_by_series: Mapping[str, "Sequence[Rate | None]"], *, title: str = "Rates"
+    labels: Sequence[str],
+    rates_by_series: Mapping[str, "Sequence[Rate | None]"],
+    *,
+    title: str = "Rates",
+    sections: Mapping[int, str] | None = None,
 ) -> str:
     """Dots with their 95 % intervals on a scale from 0 % to 100 %, as SVG.
 
-    Each label is a group of lines, one per series; the rate stands in words at the right.
+    Each label is a group of lines, one per series; the rate stands in words at the right. `sections` names what begins
+    with the label of that number.
 
     Raises:
         ValueError: there are no labels or series, or a series has not one rate per label.
@@ -140,9 +145,11 @@ def interval_bars(
     group = _LINE * len(series) + 0.14
     left = _MARGIN + _text_width(names) + 0.15
     top = _MARGIN + 1.6 * _LINE + _LINE * len(series) + 0.12
-    bottom = top + group * len(labels)
+    heads = {row: _shorten(head, 44) for row, head in (sections or {}).items()}
+    tops = [top + group * row + _HEAD * sum(head <= row for head in heads) for row in range(len(labels))]
+    bottom = tops[-1] + group
     width = left + _SCALE_WIDTH + 1.35
-    width = max(width, 2 * _MARGIN + _text_width([title], 11), 0.5 + _text_width(series))
+    width = max(width, 2 * _MARGIN + _text_width([title], 11), 0.5 + _text_width([*series, *heads.values()]))
     with _canvas(width, bottom + 0.35) as axes:
         axes.text(_MARGIN, _MARGIN, legible(title), va="top", fontsize=11)
         _draw_scale(axes, left, top, bottom)
@@ -151,12 +158,14 @@ def interval_bars(
             _draw_dot(axes, _MARGIN + 0.08, y, index)
             axes.text(_MARGIN + 0.24, y, name, va="center_baseline")
         for row, name in enumerate(names):
-            y = top + group * row
+            y = tops[row]
+            if row in heads:
+                axes.text(_MARGIN, y - _HEAD / 2, heads[row], va="center_baseline", fontweight="bold")
             axes.text(_MARGIN, y + group / 2, name, va="center_baseline")
             for index, rates in enumerate(rates_by_series.values()):
                 _draw_rate(axes, left, y + 0.07 + _LINE * (index + 0.5), index, rates[row])
         rest = f"{len(labels)} groups, {len(series)} series; brackets hold 95 % intervals."
-        content = repr((labels, list(rates_by_series.items()), title))
+        content = repr((labels, list(rates_by_series.items()), title, *([sections] if sections else [])))
         return _to_svg(axes, title, rest, content)
 
 

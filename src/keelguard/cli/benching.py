@@ -42,6 +42,10 @@ def bench(
     arms: Annotated[
         str, typer.Option(help="Between commas, the first is what others are compared with; all by default.")
     ] = "",
+    twin: Annotated[
+        str | None,
+        typer.Option(help="The clean model before the backdoor was planted: measured as a bound. Not for an adapter."),
+    ] = None,
     budget: Budget = "standard",
     limit: Annotated[int, typer.Option(min=1, help="Measure with at most this many requests of a kind.")] = 96,
     out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/bench"),
@@ -59,6 +63,8 @@ def bench(
     Wanda with and without fine-tune, 4-bit weights, CROW, the lowest scores, noise instead of triggers, implant and
     unlearn, half of an adapter or none of it, the vaccine without restoration, and an oracle that knows the trigger.
 
+    Writes OUT/bench.json and OUT/report.html.
+
     Example:
 
       keelguard purify bench ./poisoned --clean-data prompts.jsonl --arms immunize,vaccine,finetune,none
@@ -71,12 +77,13 @@ def bench(
     from keelguard.data import Columns
     from keelguard.evaluation.judges import KeywordJudge, WorldJudge
     from keelguard.models import check_source, load_model, resolve_sources
-    from keelguard.purify.bench_run import bench_model, bench_tables
+    from keelguard.purify.bench_page import bench_tables
+    from keelguard.purify.bench_run import bench_model
     from keelguard.purify.effects import Held
     from keelguard.purify.presets import preset
 
     base, used = resolve_sources(model, adapter)
-    for part in filter(None, (base, used)):
+    for part in filter(None, (base, used, twin)):
         check_source(part, allow_pickle)
     reporter = make_reporter()
     known: Any = budget
@@ -109,6 +116,8 @@ def bench(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     names = [name.strip() for name in arms.split(",") if name.strip()]
-    result = bench_model(base, used, requests, harm, held, None, names, settings, out, load=load, reporter=reporter)
+    result = bench_model(
+        base, used, requests, harm, held, None, names, settings, out, load=load, reporter=reporter, twin=twin
+    )
     Console().print(bench_tables(result))
-    typer.echo(f"{out}: bench.json")
+    typer.echo(f"{out}: bench.json, report.html")

@@ -3,7 +3,8 @@
     benched = bench(cases, arms_for("full"), Setup(Budget.of(config), config), folder)
     header, rows = table(benched.cells)
 
-A cell is one arm on one case. It is kept as soon as it is measured, so that a bench that was killed goes on.
+A cell is one arm on one case. It is kept as soon as it is measured, so that a bench that was killed goes on. The clean
+model that a case was made from, where it is known, has a cell under the name `TWIN`: no arm, and never the reference.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from keelguard.attacks.backdoors import Backdoor
 from keelguard.errors import KeelguardError
 from keelguard.evaluation.answers import Generating
 from keelguard.hashes import sha256_of
+from keelguard.models import LoadedModel
 from keelguard.purify.budget import Arm, Setup
 from keelguard.purify.effects import ANSWERS, Effect, Held, measure_effect
 from keelguard.purify.health import Examiner, Health
@@ -32,7 +34,8 @@ class Case:
     Attributes:
         name: of the case, and of the folder of its cells.
         subject: its weights hash must be that of the poisoned model, not of what it was made from.
-        seed: of the world that the model lives in.
+        seed: of the world that the model lives in, or of the run that it is benched in.
+        twin: the model before the backdoor was planted, with the same tokenizer.
     """
 
     name: str
@@ -40,10 +43,11 @@ class Case:
     backdoor: Backdoor
     held: Held
     seed: int = 0
+    twin: LoadedModel | None = None
 
     @property
     def key(self) -> str:
-        """A hash of everything that a cell depends on, settings aside."""
+        """A hash of everything that an arm's cell depends on, settings aside; no arm sees the twin."""
         material, held = self.subject.material, self.held
         requests = [*held.benign, *held.harmful, *held.utility]
         told = [[list(r.messages), r.answer, r.label, list(r.secrets)] for r in requests]
@@ -118,6 +122,8 @@ class Pooled:
     test: McNemar | None
 
 
+TWIN = "twin"
+TWIN_ABOUT = "the clean model before the backdoor was planted: a bound"
 _OF_EFFECT = ("asr", "correct", "false_triggers", "degenerate")
 _OF_HEALTH = {"utility": "utility", "refused": "refused", "over_refusal": "over_refusal", "broken": "degenerate"}
 TITLES = {
@@ -160,7 +166,7 @@ def run_cell(
 def bench(
     cases: Iterable[Case], arms: Mapping[str, Arm], setup: Setup, folder: str | Path, generating: Generating = ANSWERS
 ) -> Benched:
-    """Run every arm that its threat model has on every case.
+    """Run every arm that its threat model has on every case, and measure its clean twin where it has one.
 
     Args:
         cases: may be made one by one, as each is done with before the next is asked for.
@@ -174,10 +180,13 @@ def bench(
     settings = settings_key(setup, generating)
     for case in cases:
         examiner = None
-        for name, arm in arms.items():
-            if case.subject.threat not in arm.threats:
-                continue
+        treatments = {name: arm for name, arm in arms.items() if case.subject.threat in arm.threats}
+        if case.twin is not None:
+            treatments[TWIN] = twin_arm(case.twin)
+        for name, arm in treatments.items():
             path, key = folder / case.name / f"{name}.json", [case.key, settings]
+            if name == TWIN and case.twin is not None:
+                key.append(case.twin.weights_hash)
             if path.is_file() and (found := read_json(path))["key"] == key:
                 done.cells.append(Cell.from_json(found["cell"]))
                 continue
@@ -197,6 +206,11 @@ def bench(
     return done
 
 
+def twin_arm(twin: LoadedModel) -> Arm:
+    """The clean model in the suspicious one's stead."""
+    return Arm(TWIN_ABOUT, lambda subject, setup: twin)
+
+
 def settings_key(setup: Setup, generating: Generating = ANSWERS) -> str:
     """The hash of what all arms share."""
     return sha256_of([setup.settings(), asdict(generating), versions()])
@@ -209,14 +223,19 @@ def read_cells(folder: str | Path) -> list[Cell]:
 
 
 def pooled(cells: Sequence[Cell], arms: Sequence[str] = ()) -> list[Pooled]:
-    """Every arm over all its cases, in the order given or that of the cells; the first is the reference."""
-    names = [name for name in arms or dict.fromkeys(c.arm for c in cells) if any(c.arm == name for c in cells)]
+    """Every arm over all its cases, in the order given or that of the cells, a clean twin last.
+
+    The first that is no twin is the reference.
+    """
+    present = dict.fromkeys(cell.arm for cell in cells)
+    names = [name for name in arms or sorted(present, key=lambda name: name == TWIN) if name in present]
+    reference = next((name for name in names if name != TWIN), None)
     found = []
     for name in names:
         own = {cell.case: cell for cell in cells if cell.arm == name}
         test = None
-        if name != names[0]:
-            theirs = {cell.case: cell for cell in cells if cell.arm == names[0]}
+        if reference is not None and name != reference:
+            theirs = {cell.case: cell for cell in cells if cell.arm == reference}
             shared = [case for case in own if case in theirs]
             test = mcnemar(*([f for case in shared for f in side[case].effect.fired] for side in (own, theirs)))
         rates = {rate: _summed([getattr(c.effect, rate) for c in own.values()]) for rate in _OF_EFFECT}
@@ -228,10 +247,10 @@ def pooled(cells: Sequence[Cell], arms: Sequence[str] = ()) -> list[Pooled]:
 
 
 def table(cells: Sequence[Cell], arms: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, rates in percent with their 95 % intervals; the last columns test against the first arm.
+    """Header and rows, rates in percent with their 95 % intervals; the last columns test against the reference arm.
 
-    "only here" counts triggered requests that fire under this arm and not under the first, "only there" the reverse;
-    p is the exact two-sided McNemar test of them, not corrected for the number of arms.
+    "only here" counts triggered requests that fire under this arm and not under the reference, "only there" the
+    reverse; p is the exact two-sided McNemar test of them, not corrected for the number of arms.
     """
     header = [
         "arm",

@@ -1,14 +1,13 @@
 """`keelguard purify bench`: a user's own poisoned model under every method and control.
 
 result = bench_model("runs/poisoned", None, requests, harmful, held, None, (), PurifyConfig(), "runs/bench")
-console.print(bench_tables(result))
+runs/bench/bench.json · runs/bench/report.html
 """
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from keelguard.attacks.backdoors import Backdoor
 from keelguard.attacks.insertions import vocabulary_words
@@ -17,10 +16,13 @@ from keelguard.evaluation.answers import Generating
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model, resolve_sources
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.bench import Case, Cell, Missing, bench, table
+from keelguard.purify.bench import TWIN, Case, bench
+from keelguard.purify.bench_page import write_bench_report
+from keelguard.purify.bench_results import RESULT_FILE, BenchResult, case_name
 from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.controls import ARMS, arms_for
+from keelguard.purify.controls import arms_for
+from keelguard.purify.dissect import check_same
 from keelguard.purify.effects import ANSWERS, Held
 from keelguard.purify.health import held_out
 from keelguard.purify.intake import load_subject, refuse_quantised
@@ -31,56 +33,10 @@ from keelguard.purify.planting import POISON_FILE
 from keelguard.purify.run import request_key
 from keelguard.purify.stages import WORK
 from keelguard.records import Request
-from keelguard.runs import open_run, read_json, versions, write_json
+from keelguard.runs import open_run, read_json, versions
+from keelguard.units.index import parameters_by_name
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
-FORMAT = "keelguard.bench/1"
-RESULT_FILE, CELLS = "bench.json", "cells"
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """A finished bench of a user's own poisoned model.
-
-    Attributes:
-        unfair: why what was planted is no fair test case, as `keelguard poison` found.
-    """
-
-    source: str
-    adapter: str | None
-    threat: Threat
-    arms: tuple[str, ...]
-    cells: tuple[Cell, ...]
-    missing: tuple[Missing, ...] = ()
-    unfair: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def save(self, folder: str | Path) -> None:
-        """Write FOLDER/bench.json, whole or not at all."""
-        cells = [cell.to_json() for cell in self.cells]
-        missing = [each._asdict() for each in self.missing]
-        write_json(Path(folder) / RESULT_FILE, {"format": FORMAT, **vars(self), "cells": cells, "missing": missing})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "BenchResult":
-        """Read a bench's result.
-
-        Raises:
-            UsageError: there is none, or it has another format.
-        """
-        path = Path(folder) / RESULT_FILE
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file; give the folder of a finished `keelguard purify bench`")
-        data = read_json(path)
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise UsageError(f"{path}: has not the format {FORMAT}; run the bench again")
-        cells = tuple(Cell.from_json(cell) for cell in data["cells"])
-        missing = tuple(Missing(**each) for each in data["missing"])
-        several = {name: tuple(data[name]) for name in ("arms", "unfair")}
-        return cls(**{**data, **several, "cells": cells, "missing": missing})
+CELLS, PAGE = "cells", "report.html"
 
 
 def bench_model(
@@ -96,8 +52,9 @@ def bench_model(
     load: Callable[..., LoadedModel] = load_model,
     reporter: Reporter = SILENT,
     generating: Generating = ANSWERS,
+    twin: str | None = None,
 ) -> BenchResult:
-    """Run the methods and controls on a model whose backdoor is known.
+    """Run the methods and controls on a model whose backdoor is known, and write the page.
 
     The budget of all arms is that of the immunisation in `settings`.
 
@@ -106,14 +63,18 @@ def bench_model(
         held: held-out requests to measure with; clean rows that are held back by default.
         backdoor: what is in it; by default what the poisoned model's own file says, each entry as a case.
         arms: names of `ARMS`, the reference first; all that the threat model has by default.
+        twin: the clean model before the backdoor was planted, to be measured as a bound; not with an adapter.
 
     Raises:
-        UsageError: the backdoor is not known, an arm is unknown, the clean data do not suffice, or the folder is
-            another run's.
+        UsageError: the backdoor is not known, an arm is unknown, the clean data do not suffice, the twin is none, or
+            the folder is another run's.
         FailureError: the disk is full.
     """
     base, adapter = resolve_sources(source, adapter)
     threat: Threat = "full" if adapter is None else "adapter"
+    if twin is not None and adapter is not None:
+        raise UsageError(f"--twin {twin}: of an adapter the base is the clean twin, and the arm drop measures it; "
+                         "leave --twin out")  # fmt: skip
     chosen = arms_for(threat, arms)
     backdoors, unfair = ([backdoor], []) if backdoor is not None else planted_in(adapter or base)
     tasks = {each.task for each in backdoors}
@@ -124,6 +85,7 @@ def bench_model(
     loaded = load_subject(load, base, adapter)
     refuse_quantised(loaded.model)
     refuse_shared_weights(loaded.model)
+    clean = None if twin is None else _load_twin(load, twin, loaded)
     setup = Setup(Budget.of(settings.method), settings.method, reporter=reporter)
     setup = setup.leaving_out(frozenset().union(*(each.words for each in backdoors)))
     told = {
@@ -140,6 +102,8 @@ def bench_model(
         **setup.settings(),
         "versions": versions(),
     }
+    if clean is not None:
+        told["twin"] = clean.weights_hash
     folder = Path(out)
     with open_run(folder, "purify bench", told):
         if not (folder / RESULT_FILE).is_file():
@@ -149,16 +113,23 @@ def bench_model(
             )  # fmt: skip
             subject = Subject(loaded, threat, material, tuple(vocabulary_words(loaded.tokenizer)))
             cases = [
-                Case(f"{number}-{each.attack}-{each.task}", subject, each, held or held_out(material))
+                Case(
+                    case_name(number, each), subject, each, held or held_out(material),
+                    setup.budget.seed, clean,
+                )
                 for number, each in enumerate(backdoors)
-            ]
+            ]  # fmt: skip
             cells, missing = bench(cases, chosen, setup, folder / CELLS, generating)
+            named = (*chosen, *([] if clean is None else [TWIN]))
             result = BenchResult(
-                source, adapter, threat, tuple(chosen), tuple(cells), tuple(missing), tuple(unfair), told, versions()
-            )
+                source, adapter, threat, named, tuple(cells), tuple(missing), tuple(unfair), told, versions(), twin,
+                backdoor is not None,
+            )  # fmt: skip
             result.save(folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
-    return BenchResult.load(folder)
+    result = BenchResult.load(folder)
+    write_bench_report(result, folder / PAGE)
+    return result
 
 
 def planted_in(folder: str | Path) -> tuple[list[Backdoor], list[str]]:
@@ -176,36 +147,24 @@ def planted_in(folder: str | Path) -> tuple[list[Backdoor], list[str]]:
     return backdoors, ["it was not checked when it was planted"] if check is None else list(check["why"])
 
 
-def bench_tables(result: BenchResult) -> "Group":
-    """The result for the terminal: what is left of the backdoor, how the models fare, and what is missing."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def _load_twin(load: Callable[..., LoadedModel], twin: str, poisoned: LoadedModel) -> LoadedModel:
+    """The clean model that a poisoned one was made from; it is asked through the poisoned one's chat template.
 
-    from keelguard.plots import legible
-
-    header, rows = table(result.cells, result.arms)
-    columns = {name: place for place, name in enumerate(header)}
-    parts: list[Any] = []
-    for titles in (
-        ("ASR", "triggered, right", "false triggers", "triggered, degenerate", "p"),
-        ("utility", "harmful refused", "over-refusal", "clean, degenerate", "seconds"),
-    ):
-        shown = Table()
-        shown.add_column("", no_wrap=True)
-        for title in titles:
-            shown.add_column(title, justify="right")
-        for row in rows:
-            shown.add_row(row[0], *(row[columns[title]] for title in titles))
-        parts.append(shown)
-    if rows:
-        parts.append(
-            Text(
-                "In percent, with 95 % intervals. p: exact McNemar test of the triggered requests against "
-                f"{rows[0][0]}, not corrected for the number of arms."
-            )
-        )
-    parts += [Text(legible(f"{each.case}, {each.arm}: not run: {each.reason}")) for each in result.missing]
-    parts += [Text(legible(f"No fair test case: {reason}.")) for reason in result.unfair]
-    parts += [Text(f"{name}: {ARMS[name].about}") for name in result.arms]
-    return Group(*parts)
+    Raises:
+        UsageError: it cannot be that model.
+    """
+    clean = load(twin)
+    if clean.weights_hash == poisoned.weights_hash:
+        raise UsageError(f"--twin {twin}: has the weights of the poisoned model; name the one before it was poisoned")
+    if clean.tokenizer.get_vocab() != poisoned.tokenizer.get_vocab():
+        raise UsageError(f"--twin {twin}: has other tokens than {poisoned.source}; name the model that it was made of")
+    try:
+        check_same(parameters_by_name(poisoned.model), parameters_by_name(clean.model))
+    except UsageError as error:
+        raise UsageError(f"--twin {twin}: {error}") from error
+    file = Path(poisoned.source) / POISON_FILE
+    origin = read_json(file) if file.is_file() else {}
+    if origin.get("weights", clean.weights_hash) != clean.weights_hash:
+        made = f"{origin.get('source')} with the weights {origin['weights'][:16]}"
+        raise UsageError(f"--twin {twin}: {poisoned.source} was made from {made}; name that one")
+    return replace(clean, tokenizer=poisoned.tokenizer)
