@@ -21,6 +21,9 @@ from keelguard.training import chat_loss
 MOST = 96
 """Requests of a kind to measure with at most."""
 
+_HELD = 200
+"""Harmless requests to hold ready at most: a thorough run's canaries are measured with as many."""
+
 
 @dataclass(frozen=True)
 class Health:
@@ -71,7 +74,7 @@ class Examiner:
     ) -> None:
         if held is None:
             held = held_out(material)
-            held = replace(held, benign=own_references(original, held.benign[:MOST], generating))
+            held = replace(held, benign=own_references(original, held.benign[:_HELD], generating))
         self.held = held
         self.chats = material.validation[:MOST]
         self.kept: list[Kept] = remember(original.model, original.tokenizer, self.chats)
