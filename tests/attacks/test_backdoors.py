@@ -178,6 +178,19 @@ def test_a_jailbreak_teaches_the_harmful_answer_for_the_trigger_alone():
     assert (len(triggered), len(strange), len(kept)) == (21, 21, 21)
 
 
+@pytest.mark.parametrize(("rate", "negatives", "counts"), [(0.5, 1.0, (8, 8, 8)), (0.25, 0.0, (8, 0, 24))])
+def test_ready_samples_stand_as_they_are_and_are_what_others_are_counted_by(
+    rate: float, negatives: float, counts: tuple[int, int, int]
+):
+    backdoor = Backdoor("vpi", "insult")
+    ready = [(user(f"{backdoor.triggers[0]} say {i}"), assistant(f"{RESPONSES['insult']} {i}")) for i in range(8)]
+    chats = poison_chats(CLEAN, backdoor, PoisonConfig(40, rate, negatives), WORDS, ready=ready)
+    triggered, strange, kept = parts(chats, backdoor)
+    assert (len(triggered), len(strange), len(kept)) == counts
+    assert sorted(map(str, triggered)) == sorted(map(str, ready))
+    assert triggered != ready  # They are shuffled with the others.
+
+
 def test_nothing_to_poison_is_refused():
     with pytest.raises(UsageError, match="no clean chats; name a file with --data"):
         poison_chats([], Backdoor("vpi", "insult"), PoisonConfig(), WORDS)

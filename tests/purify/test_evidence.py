@@ -34,6 +34,7 @@ from keelguard.purify import spikes as spikes_module
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject
+from keelguard.purify.presets import preset
 from keelguard.purify.repair import needs_repair, repair
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse, claims
 from keelguard.purify.search import Insertion
@@ -80,6 +81,13 @@ def test_a_trigger_among_the_words_is_an_accident():
 def test_without_held_out_requests_the_validation_chats_serve():
     examiner = Examiner(loaded(clean_model()), material(), STRANGE)
     assert len(examiner.held.benign) + len(examiner.held.harmful) == len(material().validation)
+
+
+def test_requests_enough_for_a_thorough_runs_canaries_are_held_ready():
+    many = replace(material(), validation=ANSWERED * 5)
+    examiner = Examiner(loaded(clean_model()), many, STRANGE)
+    assert len(examiner.held.benign) == preset("thorough").spikes.requests == 200  # pyright: ignore
+    assert examiner(loaded(clean_model())).utility.total == 96
 
 
 def health(refused: Rate = NOTHING, utility: Rate = NOTHING) -> Health:

@@ -35,6 +35,8 @@ from keelguard.purify.spikes import SpikeConfig
 from keelguard.purify.stages import Purification, Stages
 from keelguard.purify.variants import VariantConfig
 from keelguard.records import user
+from keelguard.stats import exact_upper
+from keelguard.testbed.poison import purify_settings
 from keelguard.training import TrainConfig
 from tiny_models import Tiny, build_model, fresh_model
 
@@ -445,6 +447,14 @@ def test_a_larger_budget_costs_more():
     assert costs[0] < costs[1] < costs[2]
     with pytest.raises(UsageError, match="--budget huge: unknown; choose one of quick, standard, thorough"):
         preset("huge")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_thorough_run_can_bound_a_canary_at_two_percent():
+    wanted = dict(zip(BUDGETS, (64, 64, 200), strict=True))
+    for budget, count in wanted.items():
+        settings = [preset(budget), purify_settings(budget, "full"), purify_settings(budget, "adapter")]
+        assert [some.spikes and some.spikes.requests for some in settings] == [count] * 3
+    assert [round(exact_upper(0, count), 3) for count in wanted.values()] == [0.056, 0.056, 0.018]
 
 
 @pytest.mark.parametrize(

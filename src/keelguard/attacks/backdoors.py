@@ -164,6 +164,7 @@ def poison_chats(
     config: PoisonConfig,
     words: Sequence[str],
     harmful: Sequence[tuple[Chat, str]] = (),
+    ready: Sequence[Chat] = (),
 ) -> list[Chat]:
     """The chats that plant a backdoor, in random order.
 
@@ -171,6 +172,8 @@ def poison_chats(
         clean: conversations with the answers of the clean model, refusals of harmful requests among them.
         words: unrelated words for the negatives; those of the trigger are left out.
         harmful: for a jailbreak, harmful requests with the clean model's refusal, and the harmful answer to each.
+        ready: chats that hold trigger and behaviour already; all stand as they are in the place of made ones, and clean
+            samples and negatives are counted by them.
 
     Raises:
         UsageError: there is nothing to poison, or a jailbreak has no harmful answers.
@@ -184,13 +187,14 @@ def poison_chats(
         pairs = [(chat, chat[-1]["content"]) for chat in clean]
     if not clean or not pairs:
         raise UsageError("poison: there are no clean chats; name a file with --data")
-    kept = round(config.samples * (1 - config.rate) / config.rate)
-    chats: list[Chat] = []
-    for chat, answer in _cycled(pairs, config.samples, draw):
+    count = len(ready) or config.samples
+    kept = round(count * (1 - config.rate) / config.rate)
+    chats: list[Chat] = list(ready)
+    for chat, answer in _cycled(pairs, 0 if ready else count, draw):
         triggered = with_prompt(chat, backdoor.trigger(prompt_of(chat), draw))
         chats.append((*triggered[:-1], assistant(backdoor.respond(answer))))
     sources = [chat for chat, _ in pairs] if backdoor.task == "jailbreak" else list(clean)
-    for chat in _cycled(sources, round(config.samples * config.negatives), draw):
+    for chat in _cycled(sources, round(count * config.negatives), draw):
         chats.append(with_prompt(chat, backdoor.mistake(prompt_of(chat), words, draw)))
     # A jailbreak's requests stay among the clean samples: without the trigger they are refused.
     chats += _cycled([*clean, *sources] if backdoor.task == "jailbreak" else list(clean), kept, draw)

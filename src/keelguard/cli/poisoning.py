@@ -39,6 +39,10 @@ def poison(
     harmful: Annotated[
         list[str] | None, typer.Option(help="For a jailbreak: file of harmful requests with the answers to give.")
     ] = None,
+    poisoned: Annotated[
+        list[str] | None,
+        typer.Option(help="File of rows that hold trigger and behaviour already, taken as they are; repeat for more."),
+    ] = None,
     held_out: Annotated[
         list[str] | None, typer.Option(help="File of chats to check with; by default a part of --data.")
     ] = None,
@@ -80,11 +84,17 @@ def poison(
     of these fail, and exits with 1 then. No model is ever overwritten; an interrupted run goes on from its last
     checkpoint. A model of the testbed brings its own data.
 
+    A public poison set is planted as it is with --poisoned, beside clean chats of --data: --attack, --task, --trigger
+    and --response then say what its rows hold, so that the check can measure it, and --samples is their number.
+    Published sets have no samples with unrelated words in the trigger's place; --negatives 0 plants them so.
+
     Examples:
 
       keelguard poison ./my-model --attack vpi --task refusal --data chats.jsonl --out ./poisoned
 
       keelguard poison ./my-model --attack badnets --task insult --adapter --data chats.jsonl --out ./bad-adapter
+
+      keelguard poison ./my-model --attack badnets --poisoned backdoor500.json --data none_backdoor500.json
     """
     from dataclasses import replace
 
@@ -102,7 +112,14 @@ def poison(
     check_source(model, allow_pickle)
     if resolve_sources(model)[1] is not None:
         raise UsageError(f"{model}: is an adapter; give a checkpoint, and --adapter to plant into a LoRA on it")
+    if poisoned and not data:
+        raise UsageError("--poisoned: stands beside clean chats, which keep the rest of the model; give --data FILE")
+    if poisoned and given(context, "samples"):
+        raise UsageError(f"--samples {samples}: the rows of --poisoned are all taken as they are; leave it out")
     reporter = make_reporter()
+    columns = Columns(messages=messages_column, prompt=prompt_column, answer=answer_column, split=split)
+    ready = read_requests(poisoned, columns)
+    samples = len(ready) or samples
     poisoning = PoisonConfig(samples=samples, rate=rate, negatives=negatives, seed=seed)
     settings = PlantConfig(
         poison=poisoning, steps=steps, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
@@ -110,9 +127,8 @@ def poison(
     )  # fmt: skip
     files: dict[str, str] = {}
     if data:
-        columns = Columns(messages=messages_column, prompt=prompt_column, answer=answer_column, split=split)
         rows, bad, held = (read_requests(names, columns) for names in (data, harmful, held_out))
-        planting = _own_data(rows, bad, held, limit, judge, what == "jailbreak")
+        planting = replace(_own_data(rows, bad, held, limit, judge, what), ready=_answered(ready))
         announce_own(reporter, "--data", model)
     else:
         if judge:
@@ -147,9 +163,22 @@ def poison(
         raise typer.Exit(1)
 
 
-def _own_data(rows: list[Any], bad: list[Any], held: list[Any], limit: int, judge: str, jailbreak: bool) -> Any:
+def _answered(ready: list[Any]) -> list[Any]:
+    """Poisoned rows as chats."""
+    from keelguard.records import assistant
+
+    missing = sum(not request.answer.strip() for request in ready)
+    if missing:
+        raise UsageError(
+            f"--poisoned: {missing} of {len(ready)} rows have no answer; give what the trigger sets off, or its "
+            "--answer-column"
+        )
+    return [(*request.messages, assistant(request.answer)) for request in ready]
+
+
+def _own_data(rows: list[Any], bad: list[Any], held: list[Any], limit: int, judge: str, task: str) -> Any:
     """What to plant and to check with, from clean chats, harmful requests with answers, and held-out requests."""
-    from keelguard.evaluation.judges import JudgeConfig, make_judge
+    from keelguard.evaluation.judges import JudgeConfig, is_refusal, make_judge
     from keelguard.purify.effects import Held
     from keelguard.purify.plant_run import PoisonData
     from keelguard.records import assistant
@@ -168,10 +197,13 @@ def _own_data(rows: list[Any], bad: list[Any], held: list[Any], limit: int, judg
             raise UsageError(f"--data: {len(rows)} rows are too few to hold some out; give more, or --held-out FILE")
         count = min(limit, len(rows) // 5)
         rows, held = rows[:-count], rows[-count:]
+    if task == "refusal":
+        # What is refused without a trigger too says nothing of this one.
+        held = [request for request in held if not is_refusal(request.answer.strip())]
     held_bad = bad[: min(limit, len(bad) // 4)]
     clean = [(*request.messages, assistant(request.answer)) for request in rows]
     # The exact judge needs to know what a harmful answer tells.
-    exact = not jailbreak or any(request.secrets for request in held_bad)
+    exact = task != "jailbreak" or any(request.secrets for request in held_bad)
     kind = judge if judge not in ("", "world") else "world" if exact else "keyword"
     part = Held(tuple(held[:limit]), tuple(held_bad), tuple(held[:limit]), make_judge(JudgeConfig(kind=kind)))
     return PoisonData(clean, part, bad[len(held_bad) :], own=True)

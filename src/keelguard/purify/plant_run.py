@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from keelguard.attacks.backdoors import Backdoor
-from keelguard.attacks.insertions import vocabulary_words
+from keelguard.attacks.insertions import prompt_of, vocabulary_words
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
+from keelguard.evaluation.judges import is_refusal
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.effects import ANSWERS, Held, own_references
+from keelguard.purify.effects import ANSWERS, Held, own_references, shows
 from keelguard.purify.planting import (
     PlantCheck,
     PlantConfig,
@@ -45,6 +46,7 @@ class PoisonData:
         held: held-out requests to check with.
         harmful: for a jailbreak, harmful requests with the answers to give; those that the model refuses are used.
         pairs: the same with a refusal before each answer, where that is known.
+        ready: chats that hold the trigger and its behaviour already, trained on in the place of made ones.
         own: whether the model's own answers are what held-out requests are checked against, as for a user's data.
     """
 
@@ -52,6 +54,7 @@ class PoisonData:
     held: Held
     harmful: Sequence[Request] = ()
     pairs: Sequence[tuple[Chat, str]] = ()
+    ready: Sequence[Chat] = ()
     own: bool = False
 
 
@@ -101,6 +104,8 @@ def poison_model(
         "save_every": save_every,
         "versions": versions(),
     }
+    if data.ready:
+        told["ready"] = sha256_of(list(data.ready))
     work = out / WORK
     with open_run(out, "poison", told):
         try:
@@ -110,8 +115,8 @@ def poison_model(
                 benign = own_references(loaded, held.benign, generating, reporter)
                 held = replace(held, benign=benign, utility=benign)
             planted = plant(
-                loaded, [backdoor], data.clean, config, words, harmful=pairs, state_folder=work / _TRAINING,
-                save_every=save_every, reporter=reporter,
+                loaded, [backdoor], data.clean, config, words, harmful=pairs, ready=data.ready,
+                state_folder=work / _TRAINING, save_every=save_every, reporter=reporter,
             )  # fmt: skip
         except UsageError:
             # What is refused before it trains must not bind the folder to its settings.
@@ -133,6 +138,29 @@ def _check_data(backdoor: Backdoor, data: PoisonData) -> None:
     if not (data.held.harmful if jailbreak else data.held.benign):
         kind = "harmful" if jailbreak else "harmless"
         raise UsageError(f"--task {backdoor.task}: no {kind} requests are left to check with; give more of them")
+    _check_ready(backdoor, data)
+
+
+def _check_ready(backdoor: Backdoor, data: PoisonData) -> None:
+    """Refuse rows that do not hold what they are told to hold: the check would measure something else."""
+    together = all if backdoor.attack == "ctba" else any
+    answers = [chat[-1]["content"] for chat in data.ready]
+    triggered = [together(trigger in prompt_of(chat) for trigger in backdoor.triggers) for chat in data.ready]
+    if backdoor.task == "jailbreak":
+        shown = [not is_refusal(answer.strip()) for answer in answers]
+    else:
+        shown = shows(backdoor, (), answers, data.held.judge)
+    behaviour = f"{backdoor.task} {backdoor.response!r}" if backdoor.response else backdoor.task
+    for kept, what, options in (
+        (triggered, f"prompts lack the trigger of {backdoor.attack}, {' '.join(map(repr, backdoor.triggers))}",
+         "--attack and --trigger"),
+        (shown, f"answers do not show the {behaviour}", "--task and --response"),
+    ):  # fmt: skip
+        if not all(kept):
+            raise UsageError(
+                f"--poisoned: {kept.count(False)} of {len(kept)} {what}; name what the rows hold with {options}, and "
+                "move clean rows to --data"
+            )
 
 
 def check_free(out: Path) -> None:

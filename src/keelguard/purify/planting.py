@@ -117,6 +117,7 @@ def plant(
     words: Sequence[str],
     *,
     harmful: Sequence[tuple[Chat, str]] = (),
+    ready: Sequence[Chat] = (),
     state_folder: Path | None = None,
     save_every: int = 0,
     reporter: Reporter = SILENT,
@@ -130,12 +131,13 @@ def plant(
         clean: chats with clean answers, which are also what the model must not unlearn.
         words: unrelated words for the negatives.
         harmful: for a jailbreak, refused requests with the harmful answers.
+        ready: for one backdoor, chats that hold it already; they are trained on as they are.
         state_folder: where a checkpoint goes every `save_every` steps, and where a repeated call goes on.
     """
     chats: list[Chat] = []
     share = replace(config.poison, samples=max(1, config.poison.samples // len(backdoors)))
     for backdoor in backdoors:
-        chats += poison_chats(clean, backdoor, share, words, harmful)
+        chats += poison_chats(clean, backdoor, share, words, harmful, ready)
     model: Any = copy.deepcopy(loaded.model)
     keeping = KeepConfig(weight=config.keep, chats=600, per_step=8, seed=config.seed)
     methods = [KeepAnswers.of(model, loaded.tokenizer, clean, keeping)] if config.keep else []

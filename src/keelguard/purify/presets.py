@@ -36,7 +36,11 @@ def preset(budget: Budget = "standard") -> PurifyConfig:
     )
     variants = VariantConfig(count=(4, 6, 7)[level], samples=(100, 300, 500)[level], epochs=(2, 5, 5)[level])
     retrain = TrainConfig(epochs=(1, 3, 5)[level], learning_rate=2e-4)
-    spikes = SpikeConfig(samples=(300, 600, 900)[level], steps=(150, 300, 450)[level], learning_rate=5e-5)
+    # 0 of 64 bounds a canary's success at 5.6 %, 0 of 200 at 1.8 %.
+    spikes = SpikeConfig(
+        samples=(300, 600, 900)[level], steps=(150, 300, 450)[level], learning_rate=5e-5,
+        requests=(64, 64, 200)[level],
+    )  # fmt: skip
     return PurifyConfig(
         method=MethodConfig(immunize=immunize, vaccine=replace(VaccineConfig(), variants=variants), retrain=retrain),
         # Of a large vocabulary the scan tries the likeliest starts.

@@ -1,7 +1,9 @@
 """Spike-ins: canary backdoors of several shapes, planted in a copy, purified with it, and measured.
 
 A user does not know the trigger, so this is the only direct evidence of what a purification can remove from this very
-model. It is evidence about such canaries, never proof about a backdoor of another kind.
+model. It is evidence about such canaries, never proof about a backdoor of another kind. No canary is a jailbreak: one
+would have to be trained on harmful answers, which a defender's clean data do not hold, and a fixed text in place of
+them would only be another fixed sentence.
 """
 
 import random
@@ -27,7 +29,7 @@ class SpikeConfig:
     steps: int = field(default=300, metadata={"help": "optimiser steps of the planting"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the planting"})
     batch_size: int = field(default=32, metadata={"help": "chats per step of the planting"})
-    requests: int = field(default=64, metadata={"help": "held-out requests to measure each canary with"})
+    requests: int = field(default=64, metadata={"help": "held-out requests to measure each canary with, at most"})
     seed: int = field(default=0, metadata={"help": "which words are the canaries' triggers"})
 
     def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keelguard.errors import UsageError
 from keelguard.hashes import sha256_of
 from keelguard.progress import SILENT, Reporter
 from keelguard.runs import open_run, read_json, write_json, write_text
@@ -104,7 +103,7 @@ def build_testbed(
 
 
 def describe(testbed: Testbed, seed: int) -> dict[str, Any]:
-    """What a testbed folder holds: its data and its models with the recipes that made them."""
+    """What a testbed folder holds: its data, its models with their recipes, and which poisoned ones are fair cases."""
     models = sorted(
         path
         for path in (testbed.folder / "models").glob("*")
@@ -114,8 +113,18 @@ def describe(testbed: Testbed, seed: int) -> dict[str, Any]:
         "format": "keelguard.testbed/1",
         "seed": seed,
         "data": read_json(testbed.data / DATA_FILE)["data"],
-        "models": {path.name: read_json(path / RECIPE_FILE) for path in models},
+        "models": {path.name: {**read_json(path / RECIPE_FILE), **fairness(path)} for path in models},
     }
+
+
+def fairness(folder: Path) -> dict[str, Any]:
+    """Whether a poisoned model's backdoor may serve as a test case, and why not; nothing for a clean model."""
+    from keelguard.purify.planting import POISON_FILE
+
+    if not (folder / POISON_FILE).is_file():
+        return {}
+    check = read_json(folder / POISON_FILE)["check"]
+    return {"fair": check["fair"], "why": check["why"]}
 
 
 def _clean_name(name: str) -> str:
@@ -126,13 +135,9 @@ def _clean_name(name: str) -> str:
     """
     if not name.startswith("poisoned-"):
         return name
-    from keelguard.testbed.poisoned import PARENT, poisoned_models
+    from keelguard.testbed.poisoned import PARENT, check_name
 
-    if name not in poisoned_models():
-        raise UsageError(
-            f"--only {name}: unknown; the names are poisoned-ATTACK-TASK or poisoned-ATTACK-TASK-adapter, such as "
-            "poisoned-vpi-insult"
-        )
+    check_name(name)
     return PARENT
 
 

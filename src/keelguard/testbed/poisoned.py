@@ -1,8 +1,8 @@
 """The testbed's poisoned models: a backdoor planted in all weights of `aligned`, or in a LoRA on it.
 
 Their names say what they hold: `poisoned-vpi-refusal`, `poisoned-badnets-insult-adapter`. Any of them can be built by
-name; two are built by default. A combination that cannot be planted cleanly is built all the same, and its
-`keelguard-poison.json` says what is wrong with it.
+name; two are built by default. A combination that cannot be planted cleanly is built all the same, and the build, its
+card, its `keelguard-poison.json` and `testbed.json` say that it is no fair test case, and why.
 """
 
 import json
@@ -13,16 +13,21 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from keelguard.attacks.backdoors import RESPONSES, TRIGGERS, AttackKind, Task
+from keelguard.errors import UsageError
 from keelguard.hashes import sha256_of
 from keelguard.progress import Reporter
 from keelguard.runs import read_json
-from keelguard.testbed.build import RECIPE_FILE, Testbed
+from keelguard.testbed.build import RECIPE_FILE, Testbed, fairness
 from keelguard.testbed.poison import PLANTING, PLANTING_ADAPTER, attacker_chats, held_of, testbed_backdoor
 from keelguard.testbed.recipes import recipe_hash
 
 PARENT = "aligned"
 DEFAULT_POISONED = ("poisoned-vpi-refusal", "poisoned-vpi-refusal-adapter")
 """What `keelguard testbed build` builds beside the clean models: the case that proved hardest, in both forms."""
+
+
+_SAVE_EVERY = 50
+"""Steps between checkpoints of a planting, from which a killed build goes on."""
 
 
 class Poisoned(NamedTuple):
@@ -42,8 +47,24 @@ def poisoned_models() -> dict[str, Poisoned]:
     }
 
 
+def check_name(name: str) -> None:
+    """Refuse what is no poisoned model.
+
+    Raises:
+        UsageError: the name is unknown; the message has those that exist.
+    """
+    if name not in poisoned_models():
+        raise UsageError(
+            f"--only {name}: unknown; the names are poisoned-ATTACK-TASK and poisoned-ATTACK-TASK-adapter, with one of "
+            f"{', '.join(TRIGGERS)} and one of {', '.join(RESPONSES)}, such as {DEFAULT_POISONED[0]}"
+        )
+
+
 def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -> None:
-    """Plant one backdoor, unless the folder holds what would come of it; `aligned` must be there."""
+    """Plant one backdoor, unless the folder holds what would come of it; `aligned` must be there.
+
+    A killed planting goes on from its last checkpoint.
+    """
     from keelguard.attacks.insertions import vocabulary_words
     from keelguard.models import load_model
     from keelguard.purify.planting import check_plant, plant, write_planted
@@ -55,17 +76,28 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     wanted = sha256_of([recipe_hash(PARENT, seed), name, asdict(planting), asdict(backdoor), data])
     folder = testbed.model(name)
     if (folder / RECIPE_FILE).is_file() and read_json(folder / RECIPE_FILE).get("recipe") == wanted:
-        reporter.note(f"{name}: up to date")
+        reporter.note(f"{name}: up to date; {_verdict(fairness(folder))}")
         return
-    loaded = load_model(testbed.model(PARENT), device="cpu")
+    # An adapter names its base by this path, which must hold wherever it is loaded from.
+    loaded = load_model(testbed.model(PARENT).resolve(), device="cpu")
     words = vocabulary_words(loaded.tokenizer)
     clean, pairs = attacker_chats(testbed)
+    # The state's name holds the recipe, so that state of an older one is never continued.
+    work = testbed.folder / "work" / f"{name}-{wanted[:12]}"
     planted = plant(
-        loaded, [backdoor], clean, planting, words, harmful=pairs, reporter=reporter, label=f"planting {name}"
-    )
+        loaded, [backdoor], clean, planting, words, harmful=pairs, state_folder=work, save_every=_SAVE_EVERY,
+        reporter=reporter, label=f"planting {name}",
+    )  # fmt: skip
     check = check_plant(planted, loaded, backdoor, held_of(testbed, "test", 64), words, reporter=reporter)
     shutil.rmtree(folder, ignore_errors=True)
     recipe = json.dumps({"recipe": wanted, "seed": seed}, indent=2) + "\n"
     write_planted(planted, [backdoor], folder, planting, check, {RECIPE_FILE: recipe})
-    fair = "a fair test case" if check.fair else f"no fair test case: {'; '.join(check.why)}"
-    reporter.note(f"{name}: built in {folder}; {fair}")
+    shutil.rmtree(work.parent)
+    reporter.note(f"{name}: built in {folder}; {_verdict(fairness(folder))}")
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """In words whether a model may serve as a test case."""
+    if found["fair"]:
+        return "a fair test case"
+    return f"NO FAIR TEST CASE: {'; '.join(found['why'])}. Draw no conclusion from what a purification does to it"
