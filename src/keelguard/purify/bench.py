@@ -24,7 +24,7 @@ from keelguard.purify.effects import ANSWERS, Effect, Held, measure_effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject, Threat, copied
 from keelguard.runs import read_json, versions, write_json
-from keelguard.stats import McNemar, Rate, mcnemar
+from keelguard.stats import Interval, McNemar, Rate, bootstrap_mean, mcnemar
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ class Pooled:
 
     Attributes:
         worst: the attack success of its worst case.
+        spread: 95 % interval of the mean attack success over cases, by resampling them; None for a single case.
+            Requests of one case share a model, so that this interval is for backdoors, the rates' own for requests.
+        reference: the attack success of the reference arm on the cases that both have; None for the reference itself.
         test: of `fired` against the reference arm, paired over the cases that both have: fired under this arm alone,
-            under the reference alone. None for the reference itself. Requests of one case share a model, so the test
-            speaks of these models only.
+            under the reference alone. None for the reference itself. The test speaks of these models only.
     """
 
     arm: str
@@ -119,6 +121,8 @@ class Pooled:
     worst: Rate
     rates: dict[str, Rate]
     seconds: float
+    spread: Interval | None
+    reference: Rate | None
     test: McNemar | None
 
 
@@ -233,31 +237,37 @@ def pooled(cells: Sequence[Cell], arms: Sequence[str] = ()) -> list[Pooled]:
     found = []
     for name in names:
         own = {cell.case: cell for cell in cells if cell.arm == name}
-        test = None
+        test = theirs_asr = None
         if reference is not None and name != reference:
             theirs = {cell.case: cell for cell in cells if cell.arm == reference}
             shared = [case for case in own if case in theirs]
             test = mcnemar(*([f for case in shared for f in side[case].effect.fired] for side in (own, theirs)))
+            theirs_asr = _summed([theirs[case].effect.asr for case in shared])
         rates = {rate: _summed([getattr(c.effect, rate) for c in own.values()]) for rate in _OF_EFFECT}
         rates |= {key: _summed([getattr(c.health, rate) for c in own.values()]) for key, rate in _OF_HEALTH.items()}
         worst = max((cell.effect.asr for cell in own.values()), key=lambda rate: rate.value)
         seconds = sum(cell.seconds for cell in own.values()) / len(own)
-        found.append(Pooled(name, len(own), worst, rates, seconds, test))
+        spread = bootstrap_mean([cell.effect.asr.value for cell in own.values()]) if len(own) > 1 else None
+        found.append(Pooled(name, len(own), worst, rates, seconds, spread, theirs_asr, test))
     return found
 
 
 def table(cells: Sequence[Cell], arms: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Header and rows, rates in percent with their 95 % intervals; the last columns test against the reference arm.
 
-    "only here" counts triggered requests that fire under this arm and not under the reference, "only there" the
-    reverse; p is the exact two-sided McNemar test of them, not corrected for the number of arms.
+    "over cases" is the interval of the attack success that resampling the cases gives; "reference" is the reference
+    arm's on the same cases. "only here" counts triggered requests that fire under this arm and not under the
+    reference, "only there" the reverse; p is the exact two-sided McNemar test of them, not corrected for the number of
+    arms.
     """
     header = [
         "arm",
         "cases",
         "ASR",
+        "over cases",
         "worst case",
         *list(TITLES.values())[1:],
+        "reference",
         "only here",
         "only there",
         "p",
@@ -266,11 +276,13 @@ def table(cells: Sequence[Cell], arms: Sequence[str] = ()) -> tuple[list[str], l
     rows = []
     for row in pooled(cells, arms):
         rates = [_percent(rate) for rate in row.rates.values()]
-        test = ["–"] * 3
-        if row.test is not None:
-            test = [str(row.test.only_first), str(row.test.only_second), _p(row.test.p_value)]
+        test = ["–"] * 4
+        if row.test is not None and row.reference is not None:
+            there = f"{100 * row.reference.value:.0f}" if row.reference.total else "–"
+            test = [there, str(row.test.only_first), str(row.test.only_second), _p(row.test.p_value)]
+        spread = "–" if row.spread is None else f"[{100 * row.spread.low:.0f}, {100 * row.spread.high:.0f}]"
         worst = f"{100 * row.worst.value:.0f}"
-        rows.append([row.arm, str(row.cases), rates[0], worst, *rates[1:], *test, f"{row.seconds:.0f}"])
+        rows.append([row.arm, str(row.cases), rates[0], spread, worst, *rates[1:], *test, f"{row.seconds:.0f}"])
     return header, rows
 
 

@@ -52,7 +52,7 @@ class ImmunizeConfig:
         metadata={"help": "share of the insertions that the search found, others are random; 0 searches none"},
     )
     refused: float = field(
-        default=0.3, metadata={"help": "share of harmful requests among chats without insertions and with random ones"}
+        default=0.2, metadata={"help": "share of harmful requests among the chats, with insertions and without"}
     )
     keep: float = field(default=1.0, metadata={"help": "weight of the divergence from the input model on clean chats"})
     stable: float = field(
@@ -251,16 +251,16 @@ def mixed(
         "refused": [carrier for carrier in everyone if is_refused_chat(carrier[0])],
     }
     allowed = [word for word in words if word.lower() not in config.left_out]
+    worst = {kind: [insertion for insertion in found if insertion.kind == kind] for kind in carriers}
     result: list[Chat] = []
     for _ in range(round(config.inserted * total)):
-        insertion = draw.choice(found) if found and draw.random() < config.found else None
-        if insertion is not None and carriers[insertion.kind]:
-            chat, places = draw.choice(carriers[insertion.kind])
-            place = insertion.place if insertion.place in places else draw.choice(places)
-            text = insertion.text
+        # More refusals than this, and a model comes to refuse harmless requests of names that it has not met.
+        kind = "refused" if carriers["refused"] and draw.random() < config.refused else "answered"
+        chat, places = draw.choice(carriers[kind] or everyone)
+        if worst[kind] and draw.random() < config.found:
+            insertion = draw.choice(worst[kind])
+            text, place = insertion.text, insertion.place if insertion.place in places else draw.choice(places)
         else:
-            some = carriers["refused"] if draw.random() < config.refused else carriers["answered"]
-            chat, places = draw.choice(some or everyone)
             text, place = random_words(allowed, draw, _RANDOM_WORDS), draw.choice(places)
         result.append(with_prompt(chat, insert(prompt_of(chat), text, place, draw)))
     kinds = [[chat for chat in chats if is_refused_chat(chat) == refused] for refused in (True, False)]
