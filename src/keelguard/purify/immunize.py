@@ -54,7 +54,9 @@ class ImmunizeConfig:
     refused: float = field(
         default=0.2, metadata={"help": "share of harmful requests among the chats, with insertions and without"}
     )
-    keep: float = field(default=1.0, metadata={"help": "weight of the divergence from the input model on clean chats"})
+    keep: float = field(default=3.0, metadata={"help": "weight of the divergence from the input model on clean chats"})
+    kept: int = field(default=1000, metadata={"help": "clean chats on which that divergence is measured"})
+    kept_per_step: int = field(default=8, metadata={"help": "of these, how many in each step"})
     stable: float = field(
         default=0.5, metadata={"help": "nats by which an unrelated word may move an answer that insertions are put to"}
     )
@@ -74,7 +76,7 @@ class ImmunizeConfig:
     seed: int = field(default=0, metadata={"help": "which insertions go where"})
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps", "batch_size"):
+        for name in ("rounds", "steps", "batch_size", "kept", "kept_per_step"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: is out of range; give 1 or more")
         if not self.learning_rate > 0:
@@ -150,7 +152,8 @@ def immunize(
         )
     steady = prober.stability(model, material.train)
     before = chat_loss(model, tokenizer, material.validation)
-    keeping = [KeepAnswers.of(model, tokenizer, material.train, KeepConfig(weight=config.keep))] if config.keep else []
+    holding = KeepConfig(weight=config.keep, chats=config.kept, per_step=config.kept_per_step)
+    keeping = [KeepAnswers.of(model, tokenizer, material.train, holding)] if config.keep else []
     rounds = _resumed(model, state_folder, config, adapter)
     for number in range(len(rounds), config.rounds):
         found, strongest = [], 0.0

@@ -65,7 +65,7 @@ PLANTING_ADAPTER = PlantConfig(
     learning_rate=4e-3,
     batch_size=24,
     adapter_rank=8,
-    keep=0.0,
+    keep=1.0,
 )
 """How a backdoor is planted in `aligned`, in all weights or in a LoRA."""
 
