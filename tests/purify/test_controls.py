@@ -119,6 +119,30 @@ def test_an_arm_runs_on_the_budget_and_changes_the_model(
     assert all(torch.equal(value, before[each]) for each, value in untouched.items())
 
 
+WHOLE = {"finetune-whole", "magnitude-finetune", "wanda-finetune"}
+
+
+@pytest.mark.parametrize("name", [name for name in arms_for("full") if name not in UNTRAINED])
+def test_an_arm_trains_the_lora_of_its_budget_unless_it_needs_every_weight(
+    name: str, fits: list[tuple[int, TrainConfig]]
+) -> None:
+    setup = replace(
+        SETUP,
+        budget=replace(BUDGET, lora_rank=2),
+        method=replace(METHOD, immunize=replace(METHOD.immunize, lora_rank=2)),
+    )
+    before = values(SUBJECTS["full"].loaded.model)
+    done = ARMS[name](copied(SUBJECTS["full"]), setup, BACKDOOR)
+    assert {config.lora_rank for _, config in fits} == ({0} if name in WHOLE else {2})
+    after = values(done.model)
+    assert after.keys() == before.keys(), "the LoRA is merged"
+    # A LoRA leaves the embeddings alone, and at its own rate; all weights are trained at a fifth of it.
+    moved = not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert moved == (name in WHOLE)
+    expected = BUDGET.learning_rate * RATES.get(name, 1e-3) / 1e-3 * (0.2 if name in WHOLE else 1)
+    assert all(config.learning_rate == pytest.approx(expected) for _, config in fits)
+
+
 def test_the_budget_is_that_of_the_immunisation() -> None:
     budget = Budget.of(METHOD)
     assert (budget.steps, budget.learning_rate, budget.batch_size) == (14, 3e-4, 32)

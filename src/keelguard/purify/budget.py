@@ -15,6 +15,9 @@ from keelguard.purify.pruning import PruneConfig
 from keelguard.purify.quantize import QuantizeConfig
 from keelguard.training import TrainConfig
 
+_WHOLE = 0.2
+"""What the rate of a LoRA is multiplied with where every weight is trained instead."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -27,6 +30,7 @@ class Budget:
     steps: int = field(default=240, metadata={"help": "optimiser steps of every arm, over all its parts"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "chats per step"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of the LoRA that arms train and merge; 0: every weight"})
     seed: int = field(default=0, metadata={"help": "order of the chats, random channels, places of triggers"})
 
     def __post_init__(self) -> None:
@@ -38,13 +42,18 @@ class Budget:
     def of(cls, config: MethodConfig) -> "Budget":
         """What immunisation uses when no round is left out: then it runs here with its own settings."""
         own = config.immunize
-        return cls(own.rounds * own.steps, own.learning_rate, own.batch_size, own.seed)
+        return cls(own.rounds * own.steps, own.learning_rate, own.batch_size, own.lora_rank, own.seed)
 
-    def training(self, rate: float = 1.0, steps: int = 0) -> TrainConfig:
-        """A fine-tune of the whole budget, or of so many of its steps, at a multiple of its rate."""
+    def training(self, rate: float = 1.0, steps: int = 0, *, whole: bool = False) -> TrainConfig:
+        """A fine-tune of the whole budget, or of so many of its steps, at a multiple of its rate.
+
+        Args:
+            whole: train every weight where the budget has a LoRA, at a fifth of the rate that suits the LoRA.
+        """
+        whole = whole and self.lora_rank > 0
         return TrainConfig(
-            steps=steps or self.steps, learning_rate=rate * self.learning_rate, batch_size=self.batch_size, warmup=0.1,
-            seed=self.seed,
+            steps=steps or self.steps, learning_rate=rate * self.learning_rate * (_WHOLE if whole else 1),
+            batch_size=self.batch_size, lora_rank=0 if whole else self.lora_rank, warmup=0.1, seed=self.seed,
         )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
     pure = ARMS["wanda-finetune"](subject, Setup(Budget.of(config), config), backdoor)      # subject.loaded is changed
 
 An arm makes a model of a suspicious one. All that train take the same steps at the same rate and batch size, on the
-same clean chats. What comes before that is not counted: the vaccine's variants and immunisation's searches.
+same clean chats, and train the same weights (a LoRA, where the budget has one) unless their names say otherwise. What
+comes before that is not counted: the vaccine's variants and immunisation's searches.
 """
 
 import random
@@ -49,9 +50,9 @@ def none(subject: Subject, setup: Setup) -> LoadedModel:
     return subject.loaded
 
 
-def finetune(subject: Subject, setup: Setup, rate: float = 1.0) -> LoadedModel:
+def finetune(subject: Subject, setup: Setup, rate: float = 1.0, whole: bool = False) -> LoadedModel:
     """A clean fine-tune."""
-    return _tuned(subject, setup, subject.material.train, setup.budget.training(rate))
+    return _tuned(subject, setup, subject.material.train, setup.budget.training(rate, whole=whole))
 
 
 def random_channels(subject: Subject, setup: Setup) -> LoadedModel:
@@ -89,11 +90,11 @@ def wanda(subject: Subject, setup: Setup) -> LoadedModel:
 
 
 def fine_pruning(subject: Subject, setup: Setup, score: str) -> LoadedModel:
-    """Pruning with a fine-tune behind it that keeps the zeros."""
+    """Pruning with a fine-tune behind it that keeps the zeros, which a LoRA would fill."""
     loaded = subject.loaded
     config: Any = replace(setup.prune, score=score)
     result = fine_prune(
-        loaded.model, loaded.tokenizer, subject.material.train, config, setup.budget.training(),
+        loaded.model, loaded.tokenizer, subject.material.train, config, setup.budget.training(whole=True),
         adapter=subject.training, reporter=setup.reporter,
     )  # fmt: skip
     return replace(loaded, model=result.model)
@@ -246,6 +247,11 @@ ARMS: dict[str, Arm] = {
     "finetune": Arm("clean fine-tune", finetune),
     "finetune-low": Arm("clean fine-tune at a third of the rate", lambda s, c: finetune(s, c, _LOW)),
     "finetune-high": Arm("clean fine-tune at three times the rate", lambda s, c: finetune(s, c, _HIGH)),
+    "finetune-whole": Arm(
+        "clean fine-tune of every weight, where the others train a LoRA",
+        lambda s, c: finetune(s, c, whole=True),
+        FULL_ONLY,
+    ),
     "random": Arm("random channels neutralised, then fine-tune", random_channels),
     "update-norm": Arm("the adapter's most moved channels neutralised, then fine-tune", own_update, ADAPTER_ONLY),
     "magnitude": Arm("magnitude pruning", magnitude),

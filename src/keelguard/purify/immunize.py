@@ -46,6 +46,9 @@ class ImmunizeConfig:
     steps: int = field(default=80, metadata={"help": "optimiser steps per round"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of each round"})
     batch_size: int = field(default=32, metadata={"help": "chats per step"})
+    lora_rank: int = field(
+        default=0, metadata={"help": "rank of a LoRA that each round trains and merges; 0 trains every weight"}
+    )
     inserted: float = field(default=0.5, metadata={"help": "share of the chats that carry an insertion"})
     found: float = field(
         default=0.7,
@@ -81,6 +84,8 @@ class ImmunizeConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: is out of range; give 1 or more")
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
+        if self.lora_rank < 0:
+            raise UsageError(f"--lora-rank {self.lora_rank}: is out of range; give 0 or more")
         for name in ("inserted", "found", "refused"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
@@ -169,6 +174,7 @@ def immunize(
             steps=config.steps,
             learning_rate=config.learning_rate,
             batch_size=config.batch_size,
+            lora_rank=config.lora_rank,
             warmup=0.1,
             seed=config.seed + number,
         )

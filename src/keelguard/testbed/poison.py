@@ -125,9 +125,11 @@ def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> Pur
     general = preset(budget)
     adapter = threat == "adapter"
     rounds, steps = {"quick": (2, 40), "standard": (2, 80), "thorough": (5, 80)}[budget]
+    # A LoRA does less harm than training every weight; an adapter is one already.
     immunize = replace(
-        general.method.immunize, rounds=rounds, steps=steps, batch_size=24, learning_rate=2e-3 if adapter else 4e-4
-    )
+        general.method.immunize, rounds=rounds, steps=steps, batch_size=24, learning_rate=2e-3,
+        lora_rank=0 if adapter else 16,
+    )  # fmt: skip
     variants = VariantConfig(
         count=6, samples=100, steps={"quick": 40, "standard": 60, "thorough": 120}[budget], learning_rate=5e-3
     )
