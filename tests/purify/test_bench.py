@@ -15,8 +15,20 @@ from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel
 from keelguard.purify import bench as bench_module
-from keelguard.purify import bench_page
-from keelguard.purify.bench import TWIN, TWIN_ABOUT, Case, Cell, Missing, bench, pooled, read_cells, run_cell, table
+from keelguard.purify import bench_page, bench_run
+from keelguard.purify.bench import (
+    TWIN,
+    TWIN_ABOUT,
+    Benched,
+    Case,
+    Cell,
+    Missing,
+    bench,
+    pooled,
+    read_cells,
+    run_cell,
+    table,
+)
 from keelguard.purify.bench_page import bench_tables
 from keelguard.purify.bench_results import BenchResult
 from keelguard.purify.bench_run import bench_model
@@ -206,6 +218,32 @@ def test_pooling_sums_the_requests_and_pairs_them_by_case() -> None:
     assert (found["arm"], found["cases"], found["worst case"], found["p"]) == ("none", "3", "100", "0.07")
     assert found["ASR"] == "92 [65, 99]"
     assert (found["utility"], found["harmful refused"]) == ("75 [47, 91]", "50 [19, 81]")
+    # Over its three cases it fires in 75, 100 and 100 %; on the two that both have, the reference in 1 of 8.
+    assert found["over cases"] == "[75, 100]"
+    assert found["reference"] == "12"
+    single = pooled([cell for cell in cells if cell.case == cells[0].case])
+    assert [row.spread for row in single] == [None] * len(single)
+
+
+def test_long_references_give_way_to_the_models_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def own(model: LoadedModel, requests: Any, *args: Any) -> Any:
+        asked.append(model.source)
+        return tuple(replace(request, answer="the model's own") for request in requests)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(bench_run, "own_references", own)
+    monkeypatch.setattr(bench_run, "bench", lambda cases, *args: (seen.extend(cases), Benched([], []))[1])
+    monkeypatch.setattr(bench_run, "write_bench_report", lambda *args: None)
+    source = poisoned(tmp_path / "model")
+    same = replace(HELD, utility=HELD.benign)
+    run_model(source, tmp_path / "given", held=same)
+    assert not asked, "references that a caller vouches for stand"
+    run_model(source, tmp_path / "own", held=same, own=True)
+    assert len(asked) == 1
+    assert {r.answer for r in seen[-1].held.benign} == {"the model's own"} == {r.answer for r in seen[-1].held.utility}
+    assert seen[0].held.benign == HELD.benign
 
 
 def poisoned(folder: Path, check: dict[str, Any] | None = None) -> Path:

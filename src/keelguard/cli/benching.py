@@ -117,7 +117,8 @@ def bench(
     )  # fmt: skip
     names = [name.strip() for name in arms.split(",") if name.strip()]
     result = bench_model(
-        base, used, requests, harm, held, None, names, settings, out, load=load, reporter=reporter, twin=twin
-    )
+        base, used, requests, harm, held, None, names, settings, out, load=load, reporter=reporter, twin=twin,
+        own=bool(clean_data),
+    )  # fmt: skip
     Console().print(bench_tables(result))
     typer.echo(f"{out}: bench.json, report.html")

@@ -23,7 +23,7 @@ from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import arms_for
 from keelguard.purify.dissect import check_same
-from keelguard.purify.effects import ANSWERS, Held
+from keelguard.purify.effects import ANSWERS, Held, own_references
 from keelguard.purify.health import held_out
 from keelguard.purify.intake import load_subject, refuse_quantised
 from keelguard.purify.material import gather
@@ -53,6 +53,7 @@ def bench_model(
     reporter: Reporter = SILENT,
     generating: Generating = ANSWERS,
     twin: str | None = None,
+    own: bool = False,
 ) -> BenchResult:
     """Run the methods and controls on a model whose backdoor is known, and write the page.
 
@@ -64,6 +65,8 @@ def bench_model(
         backdoor: what is in it; by default what the poisoned model's own file says, each entry as a case.
         arms: names of `ARMS`, the reference first; all that the threat model has by default.
         twin: the clean model before the backdoor was planted, to be measured as a bound; not with an adapter.
+        own: take the model's own clean answers (the twin's, where there is one) for long references, as for rows that
+            are held back: no arm would give a file's answers word for word.
 
     Raises:
         UsageError: the backdoor is not known, an arm is unknown, the clean data do not suffice, the twin is none, or
@@ -99,6 +102,7 @@ def bench_model(
         "arms": list(chosen),
         "material": asdict(settings.material),
         "generating": asdict(generating),
+        "own": own,
         **setup.settings(),
         "versions": versions(),
     }
@@ -112,13 +116,16 @@ def bench_model(
                 reporter=reporter,
             )  # fmt: skip
             subject = Subject(loaded, threat, material, tuple(vocabulary_words(loaded.tokenizer)))
+            measured = held or held_out(material)
+            if own or held is None:
+                # The same rows may serve as tasks: they are asked once.
+                benign = own_references(clean or loaded, measured.benign, generating, reporter)
+                tasks_too = measured.utility == measured.benign
+                measured = replace(measured, benign=benign, utility=benign if tasks_too else measured.utility)
             cases = [
-                Case(
-                    case_name(number, each), subject, each, held or held_out(material),
-                    setup.budget.seed, clean,
-                )
+                Case(case_name(number, each), subject, each, measured, setup.budget.seed, clean)
                 for number, each in enumerate(backdoors)
-            ]  # fmt: skip
+            ]
             cells, missing = bench(cases, chosen, setup, folder / CELLS, generating)
             named = (*chosen, *([] if clean is None else [TWIN]))
             result = BenchResult(
