@@ -1,7 +1,6 @@
 """Evidence: health, suspected triggers, canaries, repairs, and the words in which a run may be claimed."""
 
 import json
-import random
 import re
 from dataclasses import replace
 from typing import Any
@@ -29,8 +28,10 @@ from keelguard.attacks.backdoors import Backdoor, PoisonConfig, poison_chats
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
+from keelguard.purify import effects as effects_module
 from keelguard.purify import repair as repair_module
 from keelguard.purify import spikes as spikes_module
+from keelguard.purify import suspects as suspects_module
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject
@@ -47,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = Generating(max_new_tokens=10)
 NOTHING = Rate(0, 0)
+NO_MODEL: Any = None
 
 
 # Health
@@ -154,6 +156,30 @@ def test_a_trigger_is_measured_beside_random_words():
     assert cured.broken.count == 0
     assert (cured.text, cured.rise) == (first.text, first.rise)
     assert remeasure(loaded(clean_model()), [], held(), STRANGE) == []
+
+
+@pytest.mark.parametrize("place", ["prefix", "inside"])
+def test_the_control_of_a_suspect_has_its_shape_and_stands_in_the_same_gap(place: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+
+    def ask(loaded: Any, requests: Any, prompts: Any, *args: Any) -> list[str]:
+        seen.extend(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(suspects_module, "ask", ask)
+    found = [Suspect("velvet: 2024", place, "answered", 1.0, NOTHING, NOTHING, "")]
+    found.append(replace(found[0], text="needle 7 velvet"))
+    remeasure(NO_MODEL, found, held(), STRANGE)
+    shapes = (r"([a-z]+: [0-9]{4})", r"([a-z]+ [0-9] [a-z]+)")
+    gaps = set()
+    for number, (suspect, shape) in enumerate(zip(found, shapes, strict=True)):
+        some = seen[2 * number * len(held().benign) :][: 2 * len(held().benign)]
+        for mine, control in zip(some[0::2], some[1::2], strict=True):
+            (strange,) = re.findall(shape, control)
+            assert mine.replace(suspect.text, strange) == control
+            assert not set(strange.split()) & set(suspect.text.split())
+            gaps.add(mine.split().index(suspect.text.split()[0]))
+    assert len(gaps) > 1 or place == "prefix"
 
 
 # Spikes
@@ -319,8 +345,21 @@ def test_a_result_survives_its_file(tmp_path: Any):
         PurifyResult.load(tmp_path)
 
 
-def test_a_backdoors_draws_are_the_same_before_and_after():
+def test_a_backdoors_prompts_are_the_same_before_and_after(monkeypatch: pytest.MonkeyPatch):
     # Paired tests compare request by request.
-    texts = [Backdoor("badnets", "insult", ("x",)).trigger("a b c d e", random.Random("s")) for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert replace(spike(200, 0), kind="other").planted
+    seen: list[list[str]] = []
+
+    def ask(loaded: Any, requests: Any, prompts: Any, *args: Any) -> list[str]:
+        seen.append(list(prompts))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(effects_module, "ask", ask)
+    config = SpikeConfig(requests=6)
+    canary = Backdoor("mtba", "insult", (TRIGGER, "velvet"), INSULT)
+    planted = [replace(spike(200, 0), backdoor=canary)]
+    for when in ("after", "rebound", "control"):
+        measure_spikes(planted, NO_MODEL, held(), STRANGE, config, when)
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 12
+    first = [request.prompt for request in held().benign[:6]]
+    assert len({prompt.split().index(TRIGGER) for prompt in seen[0][:6] if TRIGGER in prompt}) > 1, first

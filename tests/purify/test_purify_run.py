@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_world import CHATS, REFUSED, held, loaded, poisoned_model, requests, tokenizer, words
+from small_world import CHATS, REFUSED, TRIGGER, clean_model, held, loaded, poisoned_model, requests, tokenizer, words
 
 from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_weights
@@ -331,8 +331,13 @@ def test_shared_weights_are_refused(folders: Folders, tmp_path: Path):
 
 
 def test_a_reference_is_searched_too(folders: Folders, tmp_path: Path):
-    result = go(folders, tmp_path / "run", reference=str(folders.model))
-    assert result.searches["reference"] == result.searches["before"]
+    clean_model().save_pretrained(tmp_path / "clean")
+    tokenizer().save_pretrained(tmp_path / "clean")
+    result = go(folders, tmp_path / "run", reference=str(tmp_path / "clean"))
+    before, reference = result.searches["before"], result.searches["reference"]
+    assert before.found[0].text.strip(":") == TRIGGER
+    assert TRIGGER not in {each.text.strip(":") for each in reference.found if each.rise > 0.2}
+    assert {(each.place, each.kind) for each in reference.found} == {(each.place, each.kind) for each in before.found}
 
 
 def test_stages_keep_what_they_did(tmp_path: Path):
