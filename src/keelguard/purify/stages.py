@@ -222,7 +222,8 @@ class Purification:
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound
-            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original)
+            mine = replace(mine, loaded=pure)
+            pure = repair(mine, training, self.reporter, original=original, methods=done.methods)
             repaired = True
         self._write(pure, base)
         if done.signature is not None:
