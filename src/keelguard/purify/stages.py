@@ -179,7 +179,7 @@ class Purification:
 
     def _search(self, loaded: LoadedModel, prober: Prober) -> dict[str, Any]:
         found, strongest = prober.search(loaded.model, self.reporter, "worst insertions")
-        return {"found": [list(each) for each in found], "random_rise": strongest}
+        return {"found": [list(each) for each in found], "random_rise": strongest, "prompts": prober.prompts}
 
     def _scan(self, loaded: LoadedModel, material: Material) -> list[dict[str, Any]]:
         """The leads of the scan for hidden target texts, beside the reference or the base that an adapter is on."""
@@ -283,7 +283,10 @@ class Purification:
                 if not wanted:
                     return []
                 done = running is not None and running.wait()
-                return self.stages("spikes", lambda: read_json(job.out) if done else self._spikes(subject, held))
+                found = self.stages("spikes", lambda: read_json(job.out) if done else self._spikes(subject, held))
+                for why in dict.fromkeys(spike["no_control"] for spike in found if spike.get("no_control")):
+                    self.reporter.note(f"canaries: no control: {why}")
+                return found
 
             yield spikes
 
