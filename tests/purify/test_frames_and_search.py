@@ -246,7 +246,7 @@ def test_nothing_to_search_is_refused():
 # The prober
 
 
-def test_a_prober_measures_where_unrelated_words_change_nothing():
+def test_a_prober_measures_where_unrelated_words_change_nothing(monkeypatch: pytest.MonkeyPatch):
     config = SearchConfig(prompts=3, longest=1, keep=2)
     prober = Prober(clean_model(), tokenizer(), material(), STRANGE, config, stable=0.5)
     assert set(prober.kinds) == {"answered", "refused"}
@@ -262,6 +262,14 @@ def test_a_prober_measures_where_unrelated_words_change_nothing():
     # Beside a number, which this world does not know, the trigger does less.
     alone = Prober(model, tokenizer(), material(), [TRIGGER], config, stable=0.05)
     assert not alone.kinds
+    assert prober.prompts == {"answered": 3, "refused": 3}
+    assert alone.prompts == {"answered": 0, "refused": 0}
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+    assert alone.search(model, SILENT, "search") == ([], 0.0)
+    assert [note.partition(" (")[0] for note in notes] == [
+        "search: not searched: harmless prompts", "search: not searched: harmful prompts"
+    ]  # fmt: skip
 
 
 _LLAMA3_SPLIT = (
