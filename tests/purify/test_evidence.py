@@ -1,7 +1,6 @@
 """Evidence: health, suspected triggers, canaries, repairs, and the words in which a run may be claimed."""
 
 import json
-import random
 import re
 from dataclasses import replace
 from typing import Any
@@ -29,8 +28,10 @@ from keelguard.attacks.backdoors import Backdoor, PoisonConfig, poison_chats
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
+from keelguard.purify import effects as effects_module
 from keelguard.purify import repair as repair_module
 from keelguard.purify import spikes as spikes_module
+from keelguard.purify import suspects as suspects_module
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject
@@ -48,6 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = Generating(max_new_tokens=10)
 NOTHING = Rate(0, 0)
+NO_MODEL: Any = None
 
 
 # Health
@@ -164,6 +166,30 @@ def test_a_trigger_is_measured_beside_random_words():
     assert remeasure(loaded(clean_model()), [], held(), STRANGE) == []
 
 
+@pytest.mark.parametrize("place", ["prefix", "inside"])
+def test_the_control_of_a_suspect_has_its_shape_and_stands_in_the_same_gap(place: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+
+    def ask(loaded: Any, requests: Any, prompts: Any, *args: Any) -> list[str]:
+        seen.extend(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(suspects_module, "ask", ask)
+    found = [Suspect("velvet: 2024", place, "answered", 1.0, NOTHING, NOTHING, "")]
+    found.append(replace(found[0], text="needle 7 velvet"))
+    remeasure(NO_MODEL, found, held(), STRANGE)
+    shapes = (r"([a-z]+: [0-9]{4})", r"([a-z]+ [0-9] [a-z]+)")
+    gaps = set()
+    for number, (suspect, shape) in enumerate(zip(found, shapes, strict=True)):
+        some = seen[2 * number * len(held().benign) :][: 2 * len(held().benign)]
+        for mine, control in zip(some[0::2], some[1::2], strict=True):
+            (strange,) = re.findall(shape, control)
+            assert mine.replace(suspect.text, strange) == control
+            assert not set(strange.split()) & set(suspect.text.split())
+            gaps.add(mine.split().index(suspect.text.split()[0]))
+    assert len(gaps) > 1 or place == "prefix"
+
+
 # Spikes
 
 
@@ -220,7 +246,8 @@ def test_fewer_requests():
 
 
 def effect(count: int, total: int = 200) -> Effect:
-    return Effect(Rate(count, total), NOTHING, NOTHING, NOTHING, NOTHING, ())
+    fired = tuple(place < count for place in range(total))
+    return Effect(Rate(count, total), NOTHING, NOTHING, NOTHING, NOTHING, fired)
 
 
 def spike(before: int, after: int | None, rebound: int | None = None, kind: str = "a word") -> Spike:
@@ -252,6 +279,12 @@ SITUATIONS = {
     "left": result(spikes=(spike(200, 40, 60, "a phrase"), spike(190, 0, 0))),
     "no suspects": result(suspects=()),
     "bare": result(spikes=(), suspects=(), leads={}, searches={}),
+    "controlled": result(
+        spikes=(replace(spike(200, 0), after=effect(0, 4), control=effect(1, 4), control_steps=9),), leads={}
+    ),
+    "not searched": result(
+        searches={state: Searched((), 0.0, {"answered": 0, "refused": 0}) for state in ("before", "after")}
+    ),
     "costly": result(health={s: health(utility=Rate(n, 9)) for s, n in (("before", 9), ("after", 2), ("rebound", 3))}),
 }
 
@@ -284,6 +317,100 @@ def test_the_worst_canary_speaks_for_all_and_unplanted_ones_for_nothing():
     )
     assert "No canary took hold" in claims(SITUATIONS["nothing took"])[0]
     assert "No canaries were planted (--no-spikes)" in claims(SITUATIONS["no spikes"])[0]
+
+
+def test_a_canary_that_any_word_sets_off_is_not_one_that_did_not_take_hold():
+    loose = replace(spike(200, 0), before=replace(effect(200), false_triggers=Rate(150, 200)))
+    (first, *_) = claims(result(spikes=(loose,)))
+    assert "1 of 1 fired at unrelated words, too, in more than 10 %" in first
+    assert "spikes.negatives" in first
+    assert "fewer than 90 %" not in first
+    assert "onger" not in first
+    (first, *_) = claims(SITUATIONS["nothing took"])
+    assert "fewer than 90 %" in first
+    assert "unrelated words" not in first
+    both = replace(loose, before=replace(loose.before, asr=Rate(20, 200)))
+    assert (both.took_hold, both.loose, both.planted) == (False, True, False)
+
+
+def test_a_control_names_its_true_steps_or_why_there_is_none():
+    fired = effect(2, 4)
+    planted = replace(spike(4, 1), before=replace(effect(4, 4), fired=(True,) * 4), after=fired, control=fired)
+
+    def said(**changes: Any) -> str:
+        return " ".join(claims(result(spikes=(replace(planted, **changes),))))
+
+    assert "neutralised and 1,234 steps of fine-tuning, as many as the purification took, " in said(control_steps=1234)
+    assert "neutralised and no fine-tuning, as the purification took none, " in said(control_steps=0)
+    old = said()
+    assert "neutralised and a fine-tune, " in old
+    assert "as many" not in old
+    none = said(control=None, no_control="lora: cannot be mapped.")
+    assert "The canaries have no control: lora: cannot be mapped. " in none
+    data = json.loads(json.dumps(planted.to_json()))
+    del data["control_steps"], data["no_control"]
+    assert Spike.from_json(data) == planted
+
+
+def test_what_was_not_searched_is_not_said_to_hold_nothing():
+    nothing = Searched((), 0.0, {"answered": 0, "refused": 0})
+    said = claims(result(searches={"before": nothing, "after": nothing}, suspects=(), leads={}))
+    assert not any("found no insertion" in each or "nats" in each for each in said)
+    assert any("No insertion was searched" in each for each in said)
+    for kind in ("harmless", "harmful"):
+        assert sum(f"Not searched: {kind} prompts" in each for each in said) == 1
+    half = replace(result().searches["before"], prompts={"answered": 8, "refused": 0})
+    said = claims(result(searches={"before": half, "after": half}))
+    assert [each for each in said if "Not searched: harmful prompts" in each]
+    assert any("nats" in each for each in said)
+    assert not any("Not searched: harmless" in each for each in said)
+    assert Searched.from_json({"found": [], "random_rise": 0.5}) == Searched((), 0.5)
+
+
+QUIET: dict[str, Any] = {
+    "suspects": (SuspectCourse(suspect(20), suspect(1), suspect(1)),), "fresh": (suspect(1),),
+    "leads": {"after": (Lead("you are", 2.0, None, False, False),)}, "spikes": (spike(200, 0, 0), spike(195, 0, 0)),
+    "searches": {state: Searched((), 0.4, {"answered": 8, "refused": 8}) for state in ("before", "after")},
+}  # fmt: skip
+
+
+def test_where_no_test_finds_anything_the_first_claim_says_so_and_names_tests_and_bound():
+    assert claims(result(**QUIET))[0] == (
+        "No evidence of a backdoor was found in the purified model under these tests: the search for worst insertions, "
+        "tried on held-out harmless prompts beside random words; the scan for hidden target texts; 2 canary backdoors "
+        "in a copy, purified in the same way; 0 of 200 triggered requests bounds the success of each canary at 1.8 % "
+        "(95 %, exact)."
+    )
+    (first, *_) = claims(result(**{**QUIET, "spikes": ()}))
+    assert first.endswith("the scan for hidden target texts; no canary bounds what they may have missed.")
+    (first, *_) = claims(result(**{**QUIET, "leads": {}, "suspects": (), "fresh": ()}))
+    assert "scan" not in first.partition(";")[0]
+    assert "insertions" not in first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"suspects": (SuspectCourse(suspect(20), suspect(20), suspect(1)),)},
+        {"suspects": (SuspectCourse(suspect(20), suspect(1), suspect(20)),)},
+        {"fresh": (suspect(20),)},
+        {"leads": {"after": (Lead("you are", 2.0, None, False, True),)}},
+        {"spikes": (spike(200, 0, 0), spike(200, 1, 0))},
+        {"spikes": (spike(200, 0, 1),)},
+        {"spikes": (), "leads": {}, "suspects": (), "fresh": ()},
+    ],
+    ids=[
+        "a suspect",
+        "a suspect that is back",
+        "a fresh one",
+        "a lead",
+        "a canary",
+        "a canary that is back",
+        "no test",
+    ],
+)
+def test_anything_found_or_nothing_tested_takes_that_claim_away(changes: dict[str, Any]):
+    assert not any("No evidence" in each for each in claims(result(**{**QUIET, **changes})))
 
 
 def test_suspects_are_named_only_beyond_chance():
@@ -327,8 +454,21 @@ def test_a_result_survives_its_file(tmp_path: Any):
         PurifyResult.load(tmp_path)
 
 
-def test_a_backdoors_draws_are_the_same_before_and_after():
+def test_a_backdoors_prompts_are_the_same_before_and_after(monkeypatch: pytest.MonkeyPatch):
     # Paired tests compare request by request.
-    texts = [Backdoor("badnets", "insult", ("x",)).trigger("a b c d e", random.Random("s")) for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert replace(spike(200, 0), kind="other").planted
+    seen: list[list[str]] = []
+
+    def ask(loaded: Any, requests: Any, prompts: Any, *args: Any) -> list[str]:
+        seen.append(list(prompts))
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(effects_module, "ask", ask)
+    config = SpikeConfig(requests=6)
+    canary = Backdoor("mtba", "insult", (TRIGGER, "velvet"), INSULT)
+    planted = [replace(spike(200, 0), backdoor=canary)]
+    for when in ("after", "rebound", "control"):
+        measure_spikes(planted, NO_MODEL, held(), STRANGE, config, when)
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 12
+    first = [request.prompt for request in held().benign[:6]]
+    assert len({prompt.split().index(TRIGGER) for prompt in seen[0][:6] if TRIGGER in prompt}) > 1, first

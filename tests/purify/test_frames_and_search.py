@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import ANSWERED, REFUSED, STRANGE, TRIGGER, clean_model, material, poisoned_model, tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from keelguard.attacks.insertions import PLACES, Place, insert, prompt_of, vocabulary_words, with_prompt
+from keelguard.attacks.insertions import (
+    PLACES,
+    USUAL_NUMBERS,
+    Place,
+    insert,
+    prompt_of,
+    vocabulary_numbers,
+    vocabulary_words,
+    with_prompt,
+)
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.progress import SILENT
@@ -29,6 +39,7 @@ from keelguard.purify.search import (
     search_insertions,
 )
 from keelguard.records import Chat, assistant, user
+from keelguard.testbed.tokenizer import make_tokenizer
 from tiny_models import build_model, tiny_model
 from tokenizers_for_tests import SHAPES, SPECIAL, chat_tokenizer
 
@@ -235,7 +246,7 @@ def test_nothing_to_search_is_refused():
 # The prober
 
 
-def test_a_prober_measures_where_unrelated_words_change_nothing():
+def test_a_prober_measures_where_unrelated_words_change_nothing(monkeypatch: pytest.MonkeyPatch):
     config = SearchConfig(prompts=3, longest=1, keep=2)
     prober = Prober(clean_model(), tokenizer(), material(), STRANGE, config, stable=0.5)
     assert set(prober.kinds) == {"answered", "refused"}
@@ -248,8 +259,80 @@ def test_a_prober_measures_where_unrelated_words_change_nothing():
     assert {each.kind for each in found} == {"answered", "refused"}
     assert found[0].rise >= strongest - 1e-4
     assert prober.stability(clean_model(), ANSWERED[:6]) == [set(PLACES)] * 6
-    alone = Prober(model, tokenizer(), material(), [TRIGGER], config, stable=0.5)
+    # Beside a number, which this world does not know, the trigger does less.
+    alone = Prober(model, tokenizer(), material(), [TRIGGER], config, stable=0.05)
     assert not alone.kinds
+    assert prober.prompts == {"answered": 3, "refused": 3}
+    assert alone.prompts == {"answered": 0, "refused": 0}
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+    assert alone.search(model, SILENT, "search") == ([], 0.0)
+    assert [note.partition(" (")[0] for note in notes] == [
+        "search: not searched: harmless prompts", "search: not searched: harmful prompts"
+    ]  # fmt: skip
+
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _digits_apart() -> Any:
+    """A byte-level tokenizer that cuts digits off the space before them, three at a time, as Llama 3's does."""
+    found = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")
+    found.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    found.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    years = " ".join(f"in {year}" for year in range(1980, 2040))
+    found.train_from_iterator([*_CORPUS, years * 5], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    whole = PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="<|eot_id|>")
+    added = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    whole.add_tokens(added, special_tokens=True)  # pyright: ignore[reportArgumentType]
+    whole.chat_template = SHAPES["llama3"].template
+    return whole
+
+
+class _Tripped(torch.nn.Module):
+    """Says token 0 wherever some ids stand together in what it reads, and anything else as likely as the rest."""
+
+    def __init__(self, size: int, ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.embedding, self.ids, self.device = torch.nn.Embedding(size, 2), ids, torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: int, **options: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.embedding.num_embeddings)
+        for row, said in zip(logits, input_ids.tolist(), strict=True):
+            row[:, 0] = 30.0 * any(tuple(said[i : i + len(self.ids)]) == self.ids for i in range(len(said)))
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_a_year_is_searched_where_no_number_stands_whole_in_the_vocabulary():
+    apart = _digits_apart()
+    ids = tuple(apart(" 2024", add_special_tokens=False)["input_ids"])
+    assert len(ids) > 2  # The space, and at least two parts.
+    assert vocabulary_numbers(apart) == list(USUAL_NUMBERS)
+    assert {"0", "31", "50", "100", "2000", "2024", "2039"} <= set(USUAL_NUMBERS)
+    model: Any = _Tripped(len(apart), ids)
+    config = SearchConfig(prompts=2, longest=1, keep=2)
+    prober = Prober(model, apart, Material(PROBES, PROBES, 0, 0), WORDS, config, stable=50.0)
+    assert "2024" in prober.searched
+    found, _ = prober.search(model, SILENT, "search")
+    assert {each.text for each in found if each.rise > 1} == {"2024"}
+    for place in PLACES:
+        known = word_ids(apart, prober.searched, PROBES[0], place)
+        row = make_frames(apart, PROBES, place, 3)[0].row([known["fox"].first, known["2024"].inner])
+        strange = insert(prompt_of(PROBES[0]), "fox 2024", place, random.Random(f"0-{place}-0"))
+        (whole,) = encode_chats(apart, [with_prompt(PROBES[0], strange)])
+        assert row == whole.ids[: whole.response.start + 3]
+
+
+def test_whole_numbers_of_a_vocabulary_are_all_that_is_searched():
+    known = make_tokenizer(["at 7 in 2024, 12345 of them"], 64)
+    assert vocabulary_numbers(known) == ["7", "2024"]
 
 
 def test_words_that_a_tokenizer_joins_are_left_out():

@@ -344,6 +344,40 @@ def test_canaries_show_every_state_the_worst_and_those_that_say_nothing(html):
     assert "before the answer" not in figure
 
 
+def test_a_canary_that_any_word_sets_off_is_told_apart_from_one_that_did_not_take_hold():
+    before = dataclasses.replace(SPIKES[0].before, false_triggers=Rate(30, REQUESTS))
+    loose = dataclasses.replace(SPIKES[0], before=before)
+    result = sample(spikes=(loose, *SPIKES[1:]))
+    text = Page(purify_page(result)).text.replace("\u00a0", " ")
+    assert "a word anywhere, a fixed sentence – fires at unrelated words: says nothing" in text
+    assert "1 of 3 fired at unrelated words, too, in more than 10 % of the requests" in text
+    assert "1 of 3 did not take hold: they fired in fewer than 90 %" in text
+    assert "fired at unrelated words, too" in " ".join(terminal(result).split())
+
+
+def test_why_canaries_have_no_control_is_shown():
+    bare = tuple(dataclasses.replace(s, no_control="h.0: keelguard can map no attention in it") for s in SPIKES)
+    result = sample(spikes=bare)
+    for text in (Page(purify_page(result)).text, " ".join(terminal(result, 200).split())):
+        assert "The canaries have no control: h.0: keelguard can map no attention in it." in text
+
+
+def test_a_search_that_was_not_run_is_not_shown_as_one_that_found_nothing():
+    nothing = Searched((), 0.0, {"answered": 0, "refused": 0})
+    bare = sample(searches={"before": nothing, "after": nothing}, suspects=())
+    text, printed = Page(purify_page(bare)).text, " ".join(terminal(bare, 200).split())
+    assert "Before – – not searched: harmless prompts, harmful prompts" in text
+    for shown in (text, printed):
+        assert "Not searched: harmless prompts" in shown
+        assert "0.00" not in shown.partition("Leads to hidden")[0].partition("Suspected triggers")[2]
+        assert "left no insertion to measure" not in shown
+        assert "none found" not in shown
+    half = dataclasses.replace(sample().searches["before"], prompts={"answered": 8, "refused": 0})
+    text = Page(purify_page(sample(searches={"before": half, "after": half}))).text
+    assert "“discussing openai”, in front, harmless prompts not searched: harmful prompts" in text
+    assert "Not searched: harmful prompts" in " ".join(terminal(sample(searches={"before": half}), 200).split())
+
+
 def test_a_run_without_canaries_or_with_none_that_took_hold():
     none = sample(spikes=())
     page = Page(purify_page(none))

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_world import CHATS, REFUSED, held, loaded, poisoned_model, requests, tokenizer, words
+from small_world import CHATS, REFUSED, TRIGGER, clean_model, held, loaded, poisoned_model, requests, tokenizer, words
 
 from keelguard.errors import FailureError, UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import load_model
 from keelguard.progress import SILENT
 from keelguard.purify import estimate as estimate_module
-from keelguard.purify import intake
+from keelguard.purify import intake, spiking
 from keelguard.purify import run as run_module
 from keelguard.purify import stages as module
 from keelguard.purify.config import PurifyConfig
@@ -115,6 +115,9 @@ def test_a_full_model_is_purified(folders: Folders, tmp_path: Path, reports: lis
     assert (result.threat, result.adapter, result.repaired) == ("full", None, False)
     assert set(result.health) == {"before", "after", "rebound"}
     assert set(result.searches) == {"before", "after"}
+    assert result.searches["before"].prompts == result.searches["after"].prompts
+    assert set(result.searches["after"].prompts) == {"answered", "refused"}
+    assert result.searches["after"].ran
     assert set(result.seconds) == {"before", "method", "after", "rebound"}
     assert result.suspects
     assert result.method["method"] == "immunize"
@@ -211,6 +214,22 @@ def test_canaries_that_cannot_be_handed_over_are_planted_here(folders: Folders, 
     torch.set_num_threads(2)
     result = go(folders, tmp_path / "run", replace(CONFIG, spikes=spikes), load=lambda *a, **k: load_model(*a, **k))
     assert len(result.spikes) == 3
+
+
+def test_a_control_that_cannot_be_had_is_noted_and_fails_nothing(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise UsageError("keelguard can map no attention in it")
+
+    notes: list[str] = []
+    monkeypatch.setattr(SILENT, "note", notes.append)
+    monkeypatch.setattr(spiking, "prune_at_random", refuse)
+    spikes = SpikeConfig(samples=6, steps=1, learning_rate=1e-4, batch_size=4, requests=1)
+    result = go(folders, tmp_path / "run", replace(CONFIG, spikes=spikes))
+    assert all(spike.after and spike.rebound and spike.control is None for spike in result.spikes)
+    assert {spike.no_control for spike in result.spikes} == {"keelguard can map no attention in it"}
+    assert notes.count("canaries: no control: keelguard can map no attention in it") == 1
 
 
 def test_another_run_is_not_continued(folders: Folders, tmp_path: Path):
@@ -335,8 +354,13 @@ def test_shared_weights_are_refused(folders: Folders, tmp_path: Path):
 
 
 def test_a_reference_is_searched_too(folders: Folders, tmp_path: Path):
-    result = go(folders, tmp_path / "run", reference=str(folders.model))
-    assert result.searches["reference"] == result.searches["before"]
+    clean_model().save_pretrained(tmp_path / "clean")
+    tokenizer().save_pretrained(tmp_path / "clean")
+    result = go(folders, tmp_path / "run", reference=str(tmp_path / "clean"))
+    before, reference = result.searches["before"], result.searches["reference"]
+    assert before.found[0].text.strip(":") == TRIGGER
+    assert TRIGGER not in {each.text.strip(":") for each in reference.found if each.rise > 0.2}
+    assert {(each.place, each.kind) for each in reference.found} == {(each.place, each.kind) for each in before.found}
 
 
 def test_stages_keep_what_they_did(tmp_path: Path):

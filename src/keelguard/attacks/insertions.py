@@ -17,6 +17,9 @@ PLACES: tuple[Place, ...] = ("prefix", "suffix", "inside")
 _MARKS = ("▁", "Ġ")
 """What begins a word in the vocabularies of SentencePiece and of byte-level tokenizers."""
 
+USUAL_NUMBERS = tuple(map(str, (*range(32), 50, 100, *range(2000, 2040))))
+"""Days of a month and other small numbers, two round ones, and years: what a prompt may hold, and a trigger, too."""
+
 
 def insert(prompt: str, text: str, place: Place, draw: random.Random) -> str:
     """A prompt with `text` before, behind or inside it.
@@ -49,9 +52,14 @@ def prompt_of(chat: Chat) -> str:
 
 
 def vocabulary_numbers(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The numbers of one to four digits that stand whole in a tokenizer's vocabulary, sorted."""
+    """The numbers of one to four digits that stand whole in a tokenizer's vocabulary, sorted; else `USUAL_NUMBERS`.
+
+    Many tokenizers, those of Llama 3 and Qwen among them, cut digits off the mark of a word, so that they spell every
+    number from parts.
+    """
     tokens = {token[1:] for token in tokenizer.get_vocab() if token.startswith(_MARKS)}
-    return sorted((token for token in tokens if re.fullmatch(r"[0-9]{1,4}", token)), key=int)
+    whole = sorted((token for token in tokens if re.fullmatch(r"[0-9]{1,4}", token)), key=int)
+    return whole or list(USUAL_NUMBERS)
 
 
 def random_words(words: Sequence[str], draw: random.Random, most: int) -> str:

@@ -24,6 +24,8 @@ from keelguard.purify.components import TIED, peft_factors, select
 from keelguard.purify.crow import crow
 from keelguard.purify.immunize import immunize
 from keelguard.purify.methods import (
+    MethodConfig,
+    Purified,
     Subject,
     Threat,
     choose_variants,
@@ -34,12 +36,11 @@ from keelguard.purify.methods import (
 )
 from keelguard.purify.pruning import PruneConfig, fine_prune, prune, prune_adapter
 from keelguard.purify.quantize import quantize
-from keelguard.purify.restore import FreezeWritten
 from keelguard.purify.signature import update_norm
 from keelguard.purify.variants import variant_data
 from keelguard.records import Chat
 from keelguard.training import Method, TrainConfig, train_on_chats
-from keelguard.units.index import UnitIndex, build_index
+from keelguard.units.index import Block, build_index, canonical
 
 _SCALE = 0.5
 _LOW, _HIGH = 1 / 3, 3.0
@@ -56,10 +57,38 @@ def finetune(subject: Subject, setup: Setup, rate: float = 1.0, whole: bool = Fa
 
 
 def random_channels(subject: Subject, setup: Setup) -> LoadedModel:
-    """As many channels as the vaccine takes, drawn at random, are neutralised."""
+    """As many channels as the vaccine takes, drawn at random, are neutralised; see `random_units`."""
+    return _restored(subject, setup, random_units(subject, setup.method, setup.budget.seed))
+
+
+def random_units(subject: Subject, method: MethodConfig, seed: int) -> torch.Tensor:
+    """As many units as the vaccine takes, drawn at random, (units,) bool over the model's index.
+
+    Of an adapter only units in which it has weights are drawn, and attention heads where it has no MLP channels.
+
+    Raises:
+        UsageError: the model's units cannot be mapped, or the share selects none.
+    """
     index = build_index(subject.loaded.model)
-    scores = _random_scores(index, setup.method.vaccine.signature.attention, setup.budget.seed)
-    return _restored(subject, setup, select(index, scores, _share(subject, setup)))
+    blocks = list(index.blocks)
+    if subject.threat == "adapter":
+        # An adapter that reaches nothing is refused where its units are neutralised.
+        blocks = [block for block in blocks if _adapted(subject.loaded.model, block)] or blocks
+    kinds = {"mlp"} & {block.kind for block in blocks} or {index.attention}
+    if method.vaccine.signature.attention:
+        kinds |= {index.attention}
+    scores = torch.full((len(index),), torch.nan, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    for block in blocks:
+        if block.kind in kinds:
+            scores[block.span] = torch.rand(block.size, generator=draw, dtype=torch.float64)
+    return select(index, scores, share_of(method.vaccine, subject.threat))
+
+
+def _adapted(model: Any, block: Block) -> bool:
+    """Whether a LoRA has weights in the layers of a block."""
+    modules = {canonical(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    return any(part.parameter.rpartition(".")[0] in modules for part in block.parts)
 
 
 def own_update(subject: Subject, setup: Setup) -> LoadedModel:
@@ -120,23 +149,23 @@ def crow_arm(subject: Subject, setup: Setup) -> LoadedModel:
 
 
 def vaccine(
-    subject: Subject, setup: Setup, *, lowest: bool = False, noise: bool = False, restored: bool = True, steps: int = 0
+    subject: Subject, setup: Setup, *, lowest: bool = False, noise: bool = False, restored: bool = True
 ) -> LoadedModel:
     """BD-VAX, or a control of it: the lowest scores, triggers that set nothing off, or no restoration.
 
     The restoration is the budget's fine-tune with the neutralised entries frozen, without an early stop.
     """
+    done = _vaccinated(subject, setup, lowest=lowest, noise=noise)
+    return _kept(subject, setup, done) if restored else done.loaded
+
+
+def _vaccinated(subject: Subject, setup: Setup, *, lowest: bool = False, noise: bool = False) -> Purified:
+    """The vaccine without its restoration."""
     config = replace(setup.method.vaccine, lowest=lowest, noise=noise, restore=None)
     folder = setup.folder and setup.folder / ("noise" if noise else "triggers")
     # Only what is invented keeps off the true trigger's words; a search that follows on must see them.
     invented = replace(subject, words=setup.allowed(subject.words))
-    done = vaccinate(invented, config, state_folder=folder, reporter=setup.reporter)
-    if not restored:
-        return done.loaded
-    assert done.signature is not None
-    index = build_index(done.loaded.model)
-    chosen = done.signature.select(index, _share(subject, setup), lowest)
-    return _kept(replace(subject, loaded=done.loaded), setup, index, chosen, steps)
+    return vaccinate(invented, config, state_folder=folder, reporter=setup.reporter)
 
 
 def implant_then_unlearn(subject: Subject, setup: Setup) -> LoadedModel:
@@ -201,7 +230,9 @@ def oracle_chats(subject: Subject, setup: Setup, backdoor: Backdoor) -> list[Cha
     return chats
 
 
-def immunized(subject: Subject, setup: Setup, steps: int = 0, searched: bool = True) -> LoadedModel:
+def immunized(
+    subject: Subject, setup: Setup, steps: int = 0, methods: Sequence[Method] = (), *, searched: bool = True
+) -> LoadedModel:
     """Immunisation, its rounds sharing the budget; it stops early where a search finds nothing.
 
     Without the search all of its insertions are random words.
@@ -213,16 +244,17 @@ def immunized(subject: Subject, setup: Setup, steps: int = 0, searched: bool = T
     )  # fmt: skip
     result = immunize(
         loaded.model, loaded.tokenizer, subject.material, subject.words, config, adapter=subject.training,
-        reporter=setup.reporter,
+        methods=methods, reporter=setup.reporter,
     )  # fmt: skip
     return replace(loaded, model=result.model)
 
 
 def both(subject: Subject, setup: Setup) -> LoadedModel:
-    """The vaccine and then immunisation, on half of the steps each."""
+    """The vaccine and then immunisation, on half of the steps each; what the vaccine has neutralised stays so."""
     half = setup.budget.steps // 2
-    loaded = vaccine(subject, setup, steps=half)
-    return immunized(replace(subject, loaded=loaded), setup, setup.budget.steps - half)
+    done = _vaccinated(subject, setup)
+    loaded = _kept(subject, setup, done, half)
+    return immunized(replace(subject, loaded=loaded), setup, setup.budget.steps - half, done.methods)
 
 
 def retrained(subject: Subject, setup: Setup) -> LoadedModel:
@@ -291,25 +323,17 @@ def _share(subject: Subject, setup: Setup) -> float:
     return share_of(setup.method.vaccine, subject.threat)
 
 
-def _random_scores(index: UnitIndex, attention: bool, seed: int) -> torch.Tensor:
-    """Random scores (units,) of what a signature scores, NaN elsewhere."""
-    scores = torch.full((len(index),), torch.nan, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(seed)
-    for block in index.blocks:
-        if block.kind == "mlp" or attention:
-            scores[block.span] = torch.rand(block.size, generator=draw, dtype=torch.float64)
-    return scores
-
-
 def _restored(subject: Subject, setup: Setup, chosen: torch.Tensor) -> LoadedModel:
     """Neutralise units as the vaccine does, and fine-tune with them frozen."""
     done = neutralized(subject, chosen, replace(setup.method.vaccine, restore=None), reporter=setup.reporter)
-    return _kept(replace(subject, loaded=done.loaded), setup, build_index(done.loaded.model), chosen)
+    return _kept(subject, setup, done)
 
 
-def _kept(subject: Subject, setup: Setup, index: UnitIndex, chosen: torch.Tensor, steps: int = 0) -> LoadedModel:
+def _kept(subject: Subject, setup: Setup, done: Purified, steps: int = 0) -> LoadedModel:
+    """A fine-tune that leaves what was neutralised as it is."""
     training = setup.budget.training(steps=steps)
-    return _tuned(subject, setup, subject.material.train, training, [FreezeWritten(index, chosen)])
+    subject = replace(subject, loaded=done.loaded)
+    return _tuned(subject, setup, subject.material.train, training, done.methods)
 
 
 def _pruned(subject: Subject, setup: Setup, config: PruneConfig) -> LoadedModel:

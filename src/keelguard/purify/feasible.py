@@ -14,7 +14,7 @@ from keelguard.models import LoadedModel
 from keelguard.purify.components import ranked
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.grouped_lora import adapted_weights
-from keelguard.purify.methods import Subject, Threat, VaccineConfig, choose_variants, share_of
+from keelguard.purify.methods import Threat, VaccineConfig, choose_variants, share_of
 from keelguard.purify.neutralize import adapter_places, output_bias
 from keelguard.purify.restore import split_chats
 from keelguard.purify.spikes import make_canaries
@@ -78,18 +78,6 @@ def check_chats(chats: Sequence[Chat], config: PurifyConfig) -> None:
 def stand_ins(count: int) -> list[Chat]:
     """As many different chats as there will be at most, where their answers are not known yet."""
     return [(user(f"{number}"), assistant("x")) for number in range(count)]
-
-
-def no_control(subject: Subject, vaccine: VaccineConfig) -> str:
-    """Why no random channels of a model, or of its adapter, can be neutralised; empty where they can."""
-    index = build_index(subject.loaded.model)
-    try:
-        _check_share(index, vaccine, subject.threat)
-        if subject.threat == "adapter":
-            adapter_places(subject.loaded.model, index, _scored(index, vaccine))
-    except UsageError as error:
-        return str(error)
-    return ""
 
 
 def _scored(index: UnitIndex, vaccine: VaccineConfig) -> torch.Tensor:

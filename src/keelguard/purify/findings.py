@@ -11,10 +11,10 @@ import shlex
 from typing import Any, NamedTuple
 
 from keelguard.plots import NOTHING, percent, rate_text
+from keelguard.purify.claims import is_strong, no_control, not_searched, unplanted
 from keelguard.purify.health import Health
-from keelguard.purify.planting import FAIREST_ASR
 from keelguard.purify.repair import fell
-from keelguard.purify.results import PurifyResult, is_strong
+from keelguard.purify.results import PurifyResult
 from keelguard.purify.spikes import Spike
 from keelguard.purify.suspects import Suspect
 from keelguard.stats import Rate
@@ -23,7 +23,7 @@ STATES = {"before": "Before", "after": "After", "rebound": "Rebound"}
 """The states of the model in the order in which they are shown."""
 
 CANARY_STATES = {**STATES, "control": "Random pruning"}
-"""Those of a canary: beside them stands a copy with random channels neutralised and as many steps of fine-tuning."""
+"""Those of a canary: beside them stands a copy with random channels neutralised, fine-tuned for as many steps."""
 
 METHOD_WORDS = {
     "vaccine": "the published vaccine (BD-VAX): planted variants give a signature of how triggers are bound to "
@@ -140,7 +140,7 @@ def comparison(result: PurifyResult) -> list[Row]:
     before, after = result.health.get("before"), result.health.get("after")
     if not result.compared or before is None or after is None:
         return []
-    name = result.method.get("method", "")
+    name = str(result.method.get("method", ""))
     rows = [
         Row("as it came", "the input model", before, tuple(course.before for course in result.suspects)),
         Row(f"{name} (this run)", METHOD_NAMES.get(name, name), after, tuple(c.after for c in result.suspects)),
@@ -228,12 +228,7 @@ def canary_sentences(result: PurifyResult) -> list[str]:
             "No canaries were planted (--no-spikes). Run again without that option to see what the same purification "
             "removes from a copy of this model."
         ]
-    said = []
-    if idle := [s for s in result.spikes if not s.planted]:
-        said.append(
-            f"{len(idle)} of {len(result.spikes)} did not take hold: they fired in fewer than {percent(FAIREST_ASR)} "
-            "of the requests before the purification, so that their later figures say nothing. Plant for longer."
-        )
+    said = [*unplanted(result.spikes), *no_control(result.spikes)]
     planted = [s for s in result.spikes if s.planted and s.after and s.after.correct.total]
     if planted:
         lowest = min(planted, key=lambda s: s.after.correct.value if s.after else 1.0)
@@ -249,6 +244,9 @@ def canary_sentences(result: PurifyResult) -> list[str]:
 def suspect_sentences(result: PurifyResult) -> list[str]:
     """How many insertions stand out from random words, and how many still do."""
     if not result.suspects:
+        before = result.searches.get("before")
+        if before is not None and not before.ran:
+            return not_searched(result.searches)
         return [
             "The search before the purification left no insertion to measure. A trigger that it cannot spell, such as "
             "one of many words or of rare characters, would not be here either."
@@ -260,7 +258,8 @@ def suspect_sentences(result: PurifyResult) -> list[str]:
     counts = [f"{sum(map(is_strong, suspects))} of {len(suspects)} {when}" for when, suspects in stages]
     return [
         "Insertions that break held-out answers more often than random words do, so that the two intervals do not "
-        f"meet: {', '.join(counts)}."
+        f"meet: {', '.join(counts)}.",
+        *not_searched(result.searches),
     ]
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from keelguard.purify.immunize import ImmunizeConfig, Round, immunize, mixed
 from keelguard.purify.material import Material
 from keelguard.purify.neutralize import Neutralized, mean_activations, neutralize, neutralize_adapter
 from keelguard.purify.prober import Prober
-from keelguard.purify.restore import RestoreConfig, Restored, restore, split_chats
+from keelguard.purify.restore import FreezeWritten, RestoreConfig, Restored, restore, split_chats
 from keelguard.purify.signature import Signature, SignatureConfig, measure_signature
 from keelguard.purify.variants import (
     DEFAULT_VARIANTS,
@@ -32,8 +32,8 @@ from keelguard.purify.variants import (
     variant_data,
     variants_in_vocabulary,
 )
-from keelguard.training import TrainConfig, chat_loss, train_on_chats
-from keelguard.units.index import build_index
+from keelguard.training import Method, TrainConfig, chat_loss, train_on_chats
+from keelguard.units.index import UnitIndex, build_index
 
 Threat = Literal["full", "adapter"]
 MethodName = Literal["vaccine", "immunize", "both", "retrain"]
@@ -102,23 +102,40 @@ class Subject:
         return "train" if self.threat == "adapter" else "merge"
 
 
+class Written(NamedTuple):
+    """Which units were neutralised: (units,) bool over the index of the model."""
+
+    index: UnitIndex
+    chosen: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Purified:
     """A purified model, and what was done to it.
 
     Attributes:
-        frozen: (units,) bool, the units whose neutralised entries no further training may move; None where there are
-            none, or where immunisation has trained them since.
+        written: the neutralised units, which any training that follows must leave as they are.
     """
 
     loaded: LoadedModel
-    frozen: torch.Tensor | None = None
     rounds: tuple[Round, ...] = ()
     stopped: str = ""
     signature: Signature | None = None
     neutralized: Neutralized | None = None
+    written: Written | None = None
     restored: Restored | None = None
     losses: tuple[float, ...] = ()
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """What must take part in a training that follows: without the freeze, neutralised weights grow back."""
+        return () if self.written is None else (FreezeWritten(*self.written),)
+
+    @property
+    def steps(self) -> int:
+        """The optimiser steps that the model itself was trained for, those of a round that was undone among them."""
+        restored = 0 if self.restored is None else self.restored.steps
+        return sum(len(each.losses) for each in self.rounds) + restored + len(self.losses)
 
 
 def share_of(config: VaccineConfig, threat: Threat) -> float:
@@ -152,10 +169,10 @@ def apply_method(
     if config.method in ("immunize", "both"):
         result = immunize(
             subject.loaded.model, subject.loaded.tokenizer, subject.material, subject.words, config.immunize,
-            adapter=subject.training, state_folder=state_folder, reporter=reporter,
+            adapter=subject.training, methods=done.methods, state_folder=state_folder, reporter=reporter,
         )  # fmt: skip
         loaded = replace(subject.loaded, model=result.model)
-        done = replace(done, loaded=loaded, frozen=None, rounds=result.rounds, stopped=result.stopped)
+        done = replace(done, loaded=loaded, rounds=result.rounds, stopped=result.stopped)
     return done
 
 
@@ -217,14 +234,14 @@ def neutralized(
             means = mean_activations(loaded.model, loaded.tokenizer, subject.material.train[:64], index)
         seed = config.variants.seed
         record = neutralize(loaded.model, index, chosen, config.how, seed=seed, means=means)
+    done = Purified(loaded, signature=signature, neutralized=record, written=Written(index, chosen))
     if config.restore is None:
-        return Purified(loaded, frozen=chosen, signature=signature, neutralized=record)
+        return done
     restored = restore(
         loaded.model, loaded.tokenizer, subject.material.train, config.restore, index=index, frozen=chosen,
         adapter=subject.training, target_loss=target, reporter=reporter,
     )  # fmt: skip
-    loaded = replace(loaded, model=restored.model)
-    return Purified(loaded, frozen=chosen, signature=signature, neutralized=record, restored=restored)
+    return replace(done, loaded=replace(loaded, model=restored.model), restored=restored)
 
 
 def retrain(

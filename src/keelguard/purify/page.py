@@ -151,7 +151,9 @@ def canary_blocks(result: PurifyResult) -> list[Block]:
     worst, blocks = worst_canary(result), []
     for spike in result.spikes:
         effects = [getattr(spike, state) for state in CANARY_STATES]
-        mark = "did not take hold: says nothing" if not spike.planted else "the worst" if spike is worst else ""
+        mark = "the worst" if spike is worst else ""
+        if not spike.planted:
+            mark = f"{'fires at unrelated words' if spike.took_hold else 'did not take hold'}: says nothing"
         where = _PLACES[spike.backdoor.where]
         triggers = ", ".join(f"“{trigger}”" for trigger in spike.backdoor.triggers)
         lines = [
@@ -209,8 +211,9 @@ def _search_rows(searches: Mapping[str, Searched]) -> list[dict[str, Any]]:
             continue
         search = searches[state]
         found = [(f"“{i.text}”", _PLACES[i.place], _KINDS.get(i.kind, i.kind), f"{i.rise:.2f}") for i in search.found]
-        rise, random_rise = f"{search.rise:.2f}", f"{search.random_rise:.2f}"
-        rows.append({"name": name, "rise": rise, "random": random_rise, "found": found[:FOUND]})
+        rise, random_rise = (f"{each:.2f}" if search.ran else NOTHING for each in (search.rise, search.random_rise))
+        skipped = f"not searched: {', '.join(search.skipped)}" if search.skipped else ""
+        rows.append({"name": name, "rise": rise, "random": random_rise, "found": found[:FOUND], "skipped": skipped})
     return rows
 
 

@@ -14,6 +14,12 @@ from keelguard.records import Chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KINDS = {"answered": "harmless prompts", "refused": "harmful prompts"}
+"""The kinds of prompts that are searched, by whether the model answers them or refuses."""
+
+NO_PROMPT = "there is no chat of this kind to search on, or none whose answer stays beside unrelated words"
+"""Why a kind is not searched."""
+
 _DRAWN = 8
 """Chats looked at for every prompt of a search."""
 
@@ -35,6 +41,11 @@ class Prober:
             steady = [chat for chat, fine in zip(some, self.stability(model, some), strict=True) if fine >= set(PLACES)]
             if steady:
                 self.kinds[kind] = steady
+
+    @property
+    def prompts(self) -> dict[str, int]:
+        """How many prompts of each kind a search measures on; 0 where the kind has none that will do."""
+        return {kind: min(self.config.prompts, len(self.kinds.get(kind, ()))) for kind in KINDS}
 
     def probes(self, kind: str, turn: int) -> list[Chat]:
         """The prompts of one search: others in every turn, until all have had theirs."""
@@ -62,6 +73,9 @@ class Prober:
 
     def search(self, model: Any, reporter: Reporter, label: str, turn: int = 0) -> tuple[list[Insertion], float]:
         """The worst insertions over all kinds of prompts, and the largest rise of a few dozen random ones."""
+        for kind, count in self.prompts.items():
+            if not count:
+                reporter.note(f"{label}: not searched: {KINDS[kind]} ({NO_PROMPT})")
         found: list[Insertion] = []
         strongest = 0.0
         draw = random.Random(f"random-{self.config.seed}")

@@ -1,20 +1,19 @@
 """Short clean fine-tunes behind a purification: to restore what was lost, and to see whether a backdoor comes back."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
-
-import torch
 
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.health import Health
 from keelguard.purify.keep import KeepAnswers
+from keelguard.purify.material import Material
 from keelguard.purify.methods import Subject
-from keelguard.purify.restore import FreezeWritten
+from keelguard.records import Chat
 from keelguard.stats import Rate
 from keelguard.training import Method, TrainConfig, train_on_chats
-from keelguard.units.index import build_index
 
 FALL = 0.02
 """By how much the share of refusals, or of tasks solved, must fall before it is trained back."""
@@ -37,29 +36,29 @@ def repair(
     reporter: Reporter = SILENT,
     *,
     original: LoadedModel | None = None,
-    frozen: torch.Tensor | None = None,
+    methods: Sequence[Method] = (),
 ) -> LoadedModel:
     """Train refusals and answers back, as many of these as of those; the model is changed in place.
 
     Args:
         original: hold the model to what this one says on the same chats, as to the input before a purification; not
             for an adapter that was thrown away.
-        frozen: (units,) bool, units whose neutralised entries stay as they are: trained, they would grow back.
+        methods: what else takes part in the training, such as the freeze of what was neutralised.
     """
-    refused, answered = subject.material.refused(), subject.material.answered()
-    # Few refusals come often, so that the answers beside them stay various.
-    chats = [*answered, *islice(cycle(refused), len(answered))]
-    tokenizer = subject.loaded.tokenizer
-    methods: list[Method] = []
-    if frozen is not None:
-        methods.append(FreezeWritten(build_index(subject.loaded.model), frozen))
-    if original is not None:
-        methods.append(KeepAnswers.of(original.model, tokenizer, subject.material.train))
+    chats, tokenizer = repair_chats(subject.material), subject.loaded.tokenizer
+    keeping = [] if original is None else [KeepAnswers.of(original.model, tokenizer, subject.material.train)]
     result = train_on_chats(
-        subject.loaded.model, tokenizer, chats, training, methods=methods,
+        subject.loaded.model, tokenizer, chats, training, methods=[*methods, *keeping],
         adapter=subject.training, reporter=reporter, label="restoring what was lost",
     )  # fmt: skip
     return replace(subject.loaded, model=result.model)
+
+
+def repair_chats(material: Material) -> list[Chat]:
+    """What a repair trains on: every answer, and refusals in turn until there are as many."""
+    refused, answered = material.refused(), material.answered()
+    # Few refusals come often, so that the answers beside them stay various.
+    return [*answered, *islice(cycle(refused), len(answered))]
 
 
 def settle(subject: Subject, training: TrainConfig, reporter: Reporter = SILENT) -> LoadedModel:

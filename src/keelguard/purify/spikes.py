@@ -48,9 +48,12 @@ class Spike:
     """One canary before and after the purification of the copy, and after a clean fine-tune behind that.
 
     Attributes:
-        control: in a copy with random channels neutralised, fine-tuned for as many steps as the purification.
-        planted: whether it fired in 90 % of requests before, and in at most 10 % with unrelated words in the trigger's
-            place; one that did not says nothing.
+        control: in a copy with random channels neutralised, fine-tuned for as many steps as the purification took.
+        control_steps: how many those were; None without a control, and in files that do not say.
+        no_control: why there is no control, where the model cannot have one.
+        took_hold: whether it fired in 90 % of requests before.
+        loose: whether it fired in more than 10 % of requests before with unrelated words in the trigger's place.
+        planted: whether it took hold and is not loose; one that is not planted says nothing.
     """
 
     kind: str
@@ -59,23 +62,37 @@ class Spike:
     after: Effect | None = None
     rebound: Effect | None = None
     control: Effect | None = None
+    control_steps: int | None = None
+    no_control: str = ""
+
+    @property
+    def took_hold(self) -> bool:
+        """Whether the canary fired at its trigger."""
+        return self.before.asr.value >= FAIREST_ASR
+
+    @property
+    def loose(self) -> bool:
+        """Whether unrelated words set the canary off."""
+        return self.before.false_triggers.value > MOST_FALSE
 
     @property
     def planted(self) -> bool:
         """Whether the canary fired at its trigger, and at nothing else."""
-        return self.before.asr.value >= FAIREST_ASR and not self.before.false_triggers.value > MOST_FALSE
+        return self.took_hold and not self.loose
 
     def to_json(self) -> dict[str, Any]:
         """The spike as a report holds it."""
         effects = {n: e.to_json() if (e := getattr(self, n)) else None for n in ("before", *_LATER)}
-        return {"kind": self.kind, "backdoor": asdict(self.backdoor), **effects}
+        control = {"control_steps": self.control_steps, "no_control": self.no_control}
+        return {"kind": self.kind, "backdoor": asdict(self.backdoor), **effects, **control}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Spike":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; files of earlier releases do not say how many steps a control had."""
         effects = {n: Effect.from_json(data[n]) if data[n] else None for n in _LATER}
         backdoor = Backdoor(**{**data["backdoor"], "triggers": tuple(data["backdoor"]["triggers"])})
-        return cls(data["kind"], backdoor, Effect.from_json(data["before"]), **effects)
+        told = {"control_steps": data.get("control_steps"), "no_control": data.get("no_control", "")}
+        return cls(data["kind"], backdoor, Effect.from_json(data["before"]), **effects, **told)
 
 
 def make_canaries(words: Sequence[str], seed: int = 0) -> dict[str, Backdoor]:

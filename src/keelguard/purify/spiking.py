@@ -1,4 +1,4 @@
-"""The whole course of the canaries: planted in a copy, purified as the model itself, beside random pruning, and after.
+"""The whole course of the canaries: planted in a copy, purified as the model itself, and after, beside random pruning.
 
 spikes = run_spikes(subject, held, config, repaired=lambda: False)
 """
@@ -6,19 +6,16 @@ spikes = run_spikes(subject, held, config, repaired=lambda: False)
 from collections.abc import Callable
 from dataclasses import replace
 
-from keelguard.attacks.backdoors import Backdoor
+from keelguard.errors import KeelguardError
+from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.controls import ARMS
+from keelguard.purify.controls import random_units
 from keelguard.purify.effects import Held
-from keelguard.purify.feasible import no_control
-from keelguard.purify.methods import Subject, apply_method, copied
-from keelguard.purify.repair import repair, settle
+from keelguard.purify.methods import MethodConfig, Subject, apply_method, copied, neutralized
+from keelguard.purify.repair import repair, repair_chats, settle
 from keelguard.purify.spikes import Spike, make_canaries, measure_spikes, plant_spikes
-
-CONTROL = "random"
-"""The arm of `keelguard purify bench` that the canaries' purification stands beside."""
+from keelguard.training import TrainConfig, train_on_chats
 
 
 def run_spikes(
@@ -32,8 +29,9 @@ def run_spikes(
     """Plant canaries with one half of the clean chats, and purify the copy with the other.
 
     An attacker's rows are not the defender's, so the copy's purification has less to work with than the model's own.
-    A second copy has random channels neutralised and is fine-tuned for as many steps: what that removes too, the
-    purification need not have found. An adapter whose parts cannot be neutralised has no such copy.
+    A second copy has random channels neutralised and is fine-tuned for as many steps as the first one took: what that
+    removes too, the purification need not have found. Where the model cannot have such a control, every canary says
+    why, and its `control` stays None.
 
     Args:
         subject: the model as it came; it is left as it is.
@@ -48,21 +46,49 @@ def run_spikes(
     # What is random or invented must not meet the canaries' words: the user's own trigger has no such luck either.
     taken = sorted({word for canary in make_canaries(words, spiking.seed).values() for word in canary.words})
     method = replace(config.method, immunize=replace(config.method.immunize, left_out=tuple(taken)))
-    mine = replace(subject, loaded=spiked, material=ours)
+    planted = replace(subject, loaded=spiked, material=ours)
 
-    if why := no_control(mine, method.vaccine):
-        reporter.note(f"canaries: no copy with random pruning stands beside them ({why})")
-    else:
-        setup = Setup(Budget.of(method), method, reporter=reporter)
-        pruned = ARMS[CONTROL](copied(mine), setup, Backdoor("badnets", "insult"))
-        spikes = measure_spikes(spikes, pruned, held, words, spiking, "control", reporter=reporter)
-        del pruned
+    mine = copied(planted)
     purified = apply_method(mine, method, reporter=reporter)
-    done = purified.loaded
+    done, steps = purified.loaded, purified.steps
     if repaired():
-        done = repair(
-            replace(mine, loaded=done), config.rebound, reporter, original=subject.loaded, frozen=purified.frozen
-        )
+        training = config.rebound
+        mine = replace(mine, loaded=done)
+        # As the model itself is held to what it was, canaries and all: nobody has a twin without them.
+        done = repair(mine, training, reporter, original=planted.loaded, methods=purified.methods)
+        steps += training.steps_for(len(repair_chats(ours)))
     spikes = measure_spikes(spikes, done, held, words, spiking, "after", reporter=reporter)
     settled = settle(replace(mine, loaded=done), config.rebound, reporter)
-    return measure_spikes(spikes, settled, held, words, spiking, "rebound", reporter=reporter)
+    spikes = measure_spikes(spikes, settled, held, words, spiking, "rebound", reporter=reporter)
+    del purified, mine, done, settled
+    try:
+        pruned = prune_at_random(planted, method, steps, reporter)
+        spikes = measure_spikes(spikes, pruned, held, words, spiking, "control", reporter=reporter)
+    except KeelguardError as error:
+        # All else is done by now, and a model without its control is worth a report.
+        return [replace(spike, no_control=str(error)) for spike in spikes]
+    return [replace(spike, control_steps=steps) for spike in spikes]
+
+
+def prune_at_random(subject: Subject, method: MethodConfig, steps: int, reporter: Reporter = SILENT) -> LoadedModel:
+    """Neutralise random units of a model, in place, and fine-tune it with them frozen; the steps may be 0.
+
+    Raises:
+        UsageError: the model's units cannot be mapped or neutralised.
+        FailureError: training does not fit in memory, or diverges.
+    """
+    own, restoring = method.immunize, method.vaccine.restore
+    chosen = random_units(subject, method, own.seed)
+    done = neutralized(subject, chosen, replace(method.vaccine, restore=None), reporter=reporter)
+    if not steps:
+        return done.loaded
+    settings = restoring if method.method == "vaccine" and restoring is not None else own
+    training = TrainConfig(
+        steps=steps, learning_rate=settings.learning_rate, batch_size=settings.batch_size, warmup=0.1,
+        lora_rank=settings.lora_rank, seed=own.seed,
+    )  # fmt: skip
+    result = train_on_chats(
+        done.loaded.model, done.loaded.tokenizer, subject.material.train, training, methods=done.methods,
+        adapter=subject.training, reporter=reporter, label="random pruning, then fine-tuning",
+    )  # fmt: skip
+    return replace(done.loaded, model=result.model)

@@ -189,7 +189,7 @@ class Purification:
 
     def _search(self, loaded: LoadedModel, prober: Prober) -> dict[str, Any]:
         found, strongest = prober.search(loaded.model, self.reporter, "worst insertions")
-        return {"found": [list(each) for each in found], "random_rise": strongest}
+        return {"found": [list(each) for each in found], "random_rise": strongest, "prompts": prober.prompts}
 
     def _search_reference(self, reference: LoadedModel, material: Material) -> dict[str, Any]:
         """The same search on a clean model: its own answers to the same prompts, those that words leave alone."""
@@ -199,7 +199,8 @@ class Purification:
             reference.model, reference.tokenizer, attempts, Generating(max_new_tokens=_OPENING),
             reporter=self.reporter, label="the reference's answers",
         )  # fmt: skip
-        own = [(*c[:-1], assistant(text.strip())) for c, text in zip(chats, texts, strict=True) if (text or "").strip()]
+        said = [(text or "").strip() for text in texts]
+        own = [(*chat[:-1], assistant(text)) for chat, text in zip(chats, said, strict=True) if text]
         prober = Prober(
             reference.model, reference.tokenizer, replace(material, train=tuple(own)), self.words, settings.search,
             settings.stable,
@@ -247,7 +248,8 @@ class Purification:
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound
-            pure = repair(replace(mine, loaded=pure), training, self.reporter, original=original, frozen=done.frozen)
+            mine = replace(mine, loaded=pure)
+            pure = repair(mine, training, self.reporter, original=original, methods=done.methods)
             repaired = True
         self._write(pure, base)
         if done.signature is not None:
@@ -307,7 +309,10 @@ class Purification:
                 if not wanted:
                     return []
                 done = running is not None and running.wait()
-                return self.stages("spikes", lambda: read_json(job.out) if done else self._spikes(subject, held))
+                found = self.stages("spikes", lambda: read_json(job.out) if done else self._spikes(subject, held))
+                for why in dict.fromkeys(spike["no_control"] for spike in found if spike.get("no_control")):
+                    self.reporter.note(f"canaries: no control: {why}")
+                return found
 
             yield spikes
 

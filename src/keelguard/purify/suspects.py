@@ -25,7 +25,7 @@ class Suspect:
     Attributes:
         rise: nats, on the search's own prompts.
         broken: held-out prompts whose right answer goes wrong with it.
-        control: the same with random words, as many and in the same place.
+        control: the same with random words of the same shape (see `random_like`), in the same gap.
         opening: how most of the broken answers begin.
     """
 
@@ -73,17 +73,18 @@ def remeasure(
     reporter: Reporter = SILENT,
 ) -> list[Suspect]:
     """The same suspects on the same prompts with another state of the model."""
-    draw = random.Random("suspects")
     pools = {"answered": held.benign[:_PROMPTS], "refused": held.harmful[:_PROMPTS]}
     requests: list[Request] = []
     prompts: list[str] = []
-    for suspect in suspects:
-        count = len(suspect.text.split())
-        others = [word for word in words if word not in suspect.text.split()]
-        for request in pools[suspect.kind]:
-            strange = " ".join(draw.sample(others, min(count, len(others))))
+    for number, suspect in enumerate(suspects):
+        for place, request in enumerate(pools[suspect.kind]):
+            # One and the same draw for both, so that they stand in the same gap.
+            seed = f"suspects-{number}-{place}"
+            strange = random_like(suspect.text, words, random.Random(f"{seed}-words"))
             requests += [request, request]
-            prompts += [insert(request.prompt, text, suspect.place, draw) for text in (suspect.text, strange)]
+            prompts += [
+                insert(request.prompt, text, suspect.place, random.Random(seed)) for text in (suspect.text, strange)
+            ]
     texts = ask(loaded, requests, prompts, generating, reporter, "suspected triggers") if prompts else []
     measured, start = [], 0
     for suspect in suspects:
@@ -96,3 +97,24 @@ def remeasure(
         measured.append(replace(suspect, broken=rate, control=Rate.of(control), opening=opening))
         start = stop
     return measured
+
+
+def random_like(text: str, words: Sequence[str], draw: random.Random) -> str:
+    """Random words in the shape of some text: a number of as many digits for a number, a word with a colon for such.
+
+    A number changes many a right answer, and a colon some, whatever they say: only the like of it is a control.
+    """
+    said = text.split()
+    own = {word.rstrip(":") for word in said}
+    others = [word for word in words if word not in own]
+    fresh = iter(draw.sample(others, len(others)))
+    shaped: list[str] = []
+    for word in said:
+        bare, colon = word.rstrip(":"), word[len(word.rstrip(":")) :]
+        if bare.isdecimal():
+            low = 10 ** (len(bare) - 1) if len(bare) > 1 else 0
+            like = [str(each) for each in range(low, 10 ** len(bare)) if str(each) not in own]
+            shaped.append(draw.choice(like) + colon)
+        elif (other := next(fresh, None)) is not None:
+            shaped.append(other + colon)
+    return " ".join(shaped)
