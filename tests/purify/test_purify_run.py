@@ -122,7 +122,7 @@ def test_a_full_model_is_purified(folders: Folders, tmp_path: Path, reports: lis
     assert result.suspects
     assert result.method["method"] == "immunize"
     assert result.method["rounds"][0]["steps"] == 2
-    assert result.material["train"] + result.material["validation"] == 50
+    assert sum(result.material[part] for part in ("train", "validation", "held")) == 50
     assert result.material["own"] == len(BAD)
     assert PurifyResult.from_json(json.loads(json.dumps(result.to_json()))) == result
     assert PurifyResult.load(tmp_path / "run") == result == reports[0]
