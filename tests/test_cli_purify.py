@@ -293,7 +293,7 @@ def test_a_model_may_stand_where_a_command_does(places: dict[str, str], run: Run
 
 
 @pytest.mark.slow
-def test_poison_then_purify(testbed: Any, run: Run):
+def test_poison_then_purify_then_audit(testbed: Any, run: Run):
     model = testbed.model("aligned")
     before = load_model(model).weights_hash
     planted = run(
@@ -303,26 +303,27 @@ def test_poison_then_purify(testbed: Any, run: Run):
     assert "POISONED, vpi insult" in planted.out
     assert json.loads(Path("bad", POISON_FILE).read_text())["weights"] == before
     assert load_model(model).weights_hash == before
-    again = run("poison", model, "--out", "bad")
-    assert "overwrites nothing" in refused(again)
-    done = run(
-        "purify",
-        "bad",
-        "--out",
-        "run",
-        "--budget",
-        "quick",
-        "--rounds",
-        "1",
-        "--steps",
-        "20",
-        "--no-spikes",
-        "--no-scan",
-    )
-    assert done.code == 0, done
-    assert "run: model/, purify.json, report.html" in done.out
+    assert "overwrites nothing" in refused(run("poison", model, "--out", "bad"))
+
+    purified = run("purify", "bad", "--out", "run", "--budget", "quick", "--rounds", "1", "--steps", "20")
+    assert purified.code == 0, purified
+    assert "run: model/, purify.json, report.html" in purified.out
     assert {"model", "purify.json", "report.html"} <= {path.name for path in Path("run").iterdir()}
     with torch.no_grad():
-        assert load_model(Path("run", "model")).weights_hash != load_model("bad").weights_hash
-    claims = json.loads(Path("run", "purify.json").read_text())["claims"]
-    assert any("No canaries were planted" in claim for claim in claims)
+        cleaned = load_model(Path("run", "model")).weights_hash
+        assert cleaned != load_model("bad").weights_hash
+    found = json.loads(Path("run", "purify.json").read_text())
+    assert found["weights_after"] == cleaned
+    for part in ("health", "searches", "leads"):
+        assert {"before", "after"} <= set(found[part]), part
+    assert len(found["spikes"]) == 3
+    for spike in found["spikes"]:
+        for state in ("before", "control", "after", "rebound"):
+            assert spike[state]["asr"]["total"] == 64, (spike["kind"], state)
+    assert not any("No canaries were planted" in claim for claim in found["claims"])
+
+    audited = run("audit", "before=bad", "after=run/model", "--attack", "direct", "--limit", "8", "--out", "audit")
+    assert audited.code == 0, audited
+    assert {"audit.json", "report.html"} <= {path.name for path in Path("audit").iterdir()}
+    measured = json.loads(Path("audit", "audit.json").read_text())["models"]
+    assert [each["name"] for each in measured] == ["before", "after"]

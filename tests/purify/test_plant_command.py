@@ -189,12 +189,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.usefixtures("planted")  # A check that were missing would train for long.
 def test_a_mistake_with_a_poison_set_is_named(name: str, places: dict[str, str], run: Run):
     arguments, told = MISTAKES[name]
     assert told in refused(poison(run, places, "--poisoned", *arguments))
     assert left(Path.cwd()) == set()
 
 
+@pytest.mark.usefixtures("planted")
 def test_a_poison_set_needs_clean_chats_beside_it(places: dict[str, str], run: Run):
     ended = run("poison", places["MODEL"], "--poisoned", places["READY"], *INSULTED)
     assert "--poisoned: stands beside clean chats, which keep the rest of the model; give --data FILE" in refused(ended)
