@@ -103,7 +103,8 @@ def test_a_bench_of_two_arms_and_the_clean_twin(places: dict[str, str], run: Run
 
 
 def test_a_twin_of_an_adapter_is_refused_by_name(places: dict[str, str], run: Run) -> None:
-    ended = run("purify", "bench", places["adapter"], "--clean-data", places["data"], "--twin", places["clean"])
+    command = ("purify", "bench", places["adapter"], "--clean-data", places["data"], "--arms", "none")
+    ended = run(*command, "--twin", places["clean"])
     assert f"--twin {places['clean']}: of an adapter the base is the clean twin" in refused(ended)
     assert left(Path.cwd()) == set()
 
