@@ -101,6 +101,8 @@ def estimate_run(
     rate = _tokens_per_second(loaded, round(whole))
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     trained = sum(p.numel() for n, p in loaded.model.named_parameters() if not adapter or "lora_" in n)
+    if rank := method.immunize.lora_rank:
+        trained = sum(rank * sum(p.shape[-2:]) for p in loaded.model.parameters() if p.dim() == 2)
     copies = 1 if spikes is None else 2
     return Estimate(tuple(Part(n, t, t / rate) for n, t in tokens.items()), size * (1 + copies) + trained * _ADAM)
 

@@ -10,7 +10,7 @@ points: anything less would make a purification look better, or a model worse, t
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def plant(
     harmful: Sequence[tuple[Chat, str]] = (),
     state_folder: Path | None = None,
     save_every: int = 0,
+    saving: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
     label: str = "planting",
 ) -> LoadedModel:
@@ -129,6 +130,7 @@ def plant(
         words: unrelated words for the negatives.
         harmful: for a jailbreak, refused requests with the harmful answers.
         state_folder: where a checkpoint goes every `save_every` steps, and where a repeated call goes on.
+        saving: settings of `TrainConfig` that save memory, such as a `lora_rank` to train and merge.
     """
     chats: list[Chat] = []
     share = replace(config.poison, samples=max(1, config.poison.samples // len(backdoors)))
@@ -139,7 +141,7 @@ def plant(
     methods = [KeepAnswers.of(model, loaded.tokenizer, clean, keeping)] if config.keep else []
     training = TrainConfig(
         steps=config.steps, epochs=config.epochs, learning_rate=config.learning_rate, batch_size=config.batch_size,
-        warmup=0.1, seed=config.seed, save_every=save_every,
+        warmup=0.1, seed=config.seed, save_every=save_every, **(saving or {}),
     )  # fmt: skip
     if config.adapter_rank:
         from peft import LoraConfig, get_peft_model
