@@ -43,7 +43,7 @@ from keelguard.purify.effects import Held
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import MethodConfig
-from keelguard.purify.presets import preset
+from keelguard.purify.presets import preset, saving_memory
 from keelguard.purify.run import purify
 from keelguard.purify.search import SearchConfig
 from keelguard.purify.spikes import SpikeConfig
@@ -69,6 +69,7 @@ REAL: dict[str, dict[str, Any]] = {
     "70B": {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
             "num_attention_heads": 64, "num_key_value_heads": 8},
 }  # fmt: skip
+_SMALLER = "purify, LoRA of rank 16 with checkpointing, batches in 4 parts"
 NEW_TOKENS, BATCH, STEPS, FROZEN = 24, 8, 2, 0.07
 
 
@@ -281,6 +282,8 @@ def _real_table(name: str) -> str:
         "finetune, LoRA of rank 16 in bfloat16 with checkpointing": CostSettings(checkpointing=True, tune_rank=16),
     }
     rows = [_row(cost.name, cost) for cost in costs]
+    lora = saving_memory(preset("standard"), lora_rank=16, gradient_accumulation=4, gradient_checkpointing=True)
+    rows.append(_row(_SMALLER, _named(estimate_harden(found, HardenConfig(purify=lora)), "purify")))
     rows.append(_row("purify, an adapter of rank 16 alone", only["purify"]))
     rows += [_row(label, _named(estimate(found, None, s), "finetune, protected")) for label, s in more.items()]
     return markdown(["", "device (GiB)", "host besides (GiB)", "10¹⁵ FLOP", "hours at 10¹⁴ FLOP/s"], rows)

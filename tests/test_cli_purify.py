@@ -3,6 +3,8 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from keelguard.cli import main
 from keelguard.models import load_model
+from keelguard.purify.config import PurifyConfig
 from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.presets import preset
 from keelguard.testbed.build import RECIPE_FILE
 from keelguard.testbed.tokenizer import make_tokenizer
 from keelguard.training_loop import ChatTrainer
@@ -132,6 +137,28 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         (*PURIFY, "--method", "vaccine", "--batch-size", "8"),
         "--batch-size: --method vaccine does not read it",
     ),
+    "purify: LoRA of a new adapter": (
+        (*PURIFY, "--adapter", "ADAPTER", "--method", "retrain", "--lora-rank", "4"),
+        "--lora-rank: --method retrain does not read it; leave it out",
+    ),
+    "purify: a LoRA beside an adapter": (
+        (*PURIFY, "--adapter", "ADAPTER", "--lora-rank", "4"),
+        "--lora-rank 4: of a model with an adapter that alone is trained; leave it out",
+    ),
+    "purify: rank": ((*PURIFY, "--lora-rank", "-1"), "--lora-rank -1: is out of range; give 0 or more"),
+    "purify: parts of a batch": (
+        (*PURIFY, "--gradient-accumulation", "3"),
+        "--gradient-accumulation 3: does not divide the batch of 16 chats",
+    ),
+    "purify: parts of a restoration": (
+        (*PURIFY, "--method", "vaccine", "--gradient-accumulation", "16"),
+        "gradient_accumulation 16: does not divide batch_size 8",
+    ),
+    "purify: runs at once": (
+        (*PURIFY, "--method", "vaccine", "--at-once", "-1"),
+        "--at-once -1: is out of range; give 0 or more",
+    ),
+    "purify: runs at once of another method": ((*PURIFY, "--at-once", "2"), "--at-once: --method immunize does not"),
     "purify: nothing to retrain": ((*PURIFY, "--method", "retrain"), "--method retrain: needs an adapter on a base"),
     "purify: no data": (("purify", "MODEL"), "is no model of the testbed; give --clean-data FILE"),
     "purify: a missing file": (("purify", "MODEL", "--clean-data", "gone.jsonl"), "gone.jsonl: no such file"),
@@ -252,6 +279,74 @@ def test_help_shows_what_a_budget_decides_and_no_zero(run: Run):
     assert "[default: 0]" in page.partition("--seed")[2]
     assert page.count("[default: 0]") == 1
     assert "[default: 0.0]" not in page
+
+
+class _SeenError(Exception):
+    """What a command would have done is known."""
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> PurifyConfig:
+    """The settings with which `keelguard purify` would begin."""
+    seen: list[PurifyConfig] = []
+
+    def look(base: str, requests: Any, settings: PurifyConfig, *others: Any, **named: Any) -> None:
+        seen.append(settings)
+        raise _SeenError
+
+    monkeypatch.setattr("keelguard.purify.run.purify", look)
+    monkeypatch.setattr(sys, "argv", ["keelguard", *arguments])
+    with pytest.raises(_SeenError):
+        main()
+    return seen[0]
+
+
+def test_every_training_of_a_purification_saves_memory_where_it_is_told(
+    places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    common = ("purify", places["MODEL"], "--clean-data", places["DATA"], "--no-compare")
+    saving = ("--lora-rank", "4", "--bf16", "--gradient-accumulation", "4", "--gradient-checkpointing")
+    usual = settings_of(monkeypatch, *common, "--method", "both")
+    found = settings_of(monkeypatch, *common, "--method", "both", *saving, "--at-once", "4")
+    assert usual == replace(preset(), method=replace(preset().method, method="both"))
+    restore = found.method.vaccine.restore
+    assert restore is not None
+    assert found.spikes is not None
+    for training in (found.method.immunize, restore, restore.training(), found.spikes, found.rebound):
+        told = training.lora_rank, training.bf16, training.gradient_accumulation, training.gradient_checkpointing
+        assert told == (4, True, 4, True)
+    assert found.method.retrain.lora_rank == 0
+    assert found.method.immunize.learning_rate == 10 * usual.method.immunize.learning_rate
+    assert found.rebound.learning_rate == 10 * usual.rebound.learning_rate
+    assert (usual.method.vaccine.variants.at_once, found.method.vaccine.variants.at_once) == (2, 4)
+    own = settings_of(monkeypatch, *common, "--method", "immunize", *saving, "--learning-rate", "1e-4")
+    assert own.method.immunize.learning_rate == 1e-4
+    # The restoration's batch of 8 has no 16 parts, and is not what this method trains.
+    many = settings_of(monkeypatch, *common, "--method", "immunize", "--gradient-accumulation", "16")
+    restore = many.method.vaccine.restore
+    assert restore is not None
+    assert (many.method.immunize.gradient_accumulation, restore.gradient_accumulation) == (16, 8)
+    again = settings_of(
+        monkeypatch,
+        *common,
+        "--adapter",
+        places["ADAPTER"],
+        "--method",
+        "retrain",
+        "--bf16",
+        "--gradient-checkpointing",
+    )
+    assert (again.method.retrain.bf16, again.method.retrain.gradient_checkpointing) == (True, True)
+
+
+def test_no_memory_anywhere_is_one_line(places: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("keelguard.purify.run.purify", full)
+    ended = run("purify", places["MODEL"], "--clean-data", places["DATA"], *CHOSEN)
+    assert ended.code == 1
+    assert "keelguard: this command: does not fit in memory; shorten the data" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_an_interrupted_poisoning_says_that_it_goes_on_and_does(places: dict[str, str], run: Run, monkeypatch: Any):

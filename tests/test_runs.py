@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from keelguard import runs
 from keelguard.errors import FailureError, UsageError
-from keelguard.runs import LOCK, MANIFEST, atomic_folder, open_run, read_json, write_json, write_text
+from keelguard.runs import LOCK, MANIFEST, atomic_folder, disk_errors, open_run, read_json, write_json, write_text
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "seed": 0}
 
@@ -105,6 +106,16 @@ def test_other_failures_are_not_dressed_up(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="Input/output error"):
         write_text(tmp_path / "a.txt", "text")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, Exception, RuntimeError])
+def test_a_full_disk_that_a_library_hides_in_its_text_is_found(tmp_path: Path, kind: type[Exception]):
+    with pytest.raises(FailureError, match="model: no space left on the disk"), atomic_folder(tmp_path / "model"):
+        raise kind("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(kind, match="out of range"), disk_errors(tmp_path):
+        raise kind("out of range")
+    with pytest.raises(UsageError, match="told"), disk_errors(tmp_path):
+        raise UsageError("told of (os error 28)")
 
 
 def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -391,8 +391,14 @@ def test_no_memory_is_one_clear_line():
         def loss(self, run: Run) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(FailureError, match="fine-tuning: does not fit in memory; give a lora_rank"):
+    with pytest.raises(FailureError) as caught:
         train(methods=[Full()])
+    told = str(caught.value)
+    assert told.startswith("fine-tuning: does not fit in memory; give what this command has of a smaller --batch-size")
+    assert all(f"--{name}" in told for name in ("gradient-accumulation", "gradient-checkpointing", "bf16", "lora-rank"))
+    config = replace(CONFIG, batch_size=1, lora_rank=2, gradient_checkpointing=True, bf16=True)
+    with pytest.raises(FailureError, match=r"it uses all that saves some; shorten the data"):
+        train(config=config, methods=[Full()])
 
 
 def test_a_training_that_diverges_is_stopped():

@@ -156,23 +156,9 @@ def save_checkpoint(
     Raises:
         FailureError: the disk is full or the folder cannot be written; what stood there stays.
     """
-    from safetensors import SafetensorError
-
     with atomic_folder(Path(folder)) as temporary:
-        try:
-            model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=state)
-        except SafetensorError as error:
-            # It hides the system's error, such as a full disk, in its text.
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), str(error)) from error
-            raise
-        try:
-            tokenizer.save_pretrained(temporary)
-        except Exception as error:
-            # The tokenizers library raises bare exceptions that hide the system's error in their text.
-            if type(error) is Exception and (found := re.search(r"\(os error (\d+)\)", str(error))):
-                raise OSError(int(found[1]), str(error)) from error
-            raise
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=state)
+        tokenizer.save_pretrained(temporary)
         for name, text in {**({"README.md": card} if card else {}), **(files or {})}.items():
             (temporary / name).write_text(text, encoding="utf-8")
     return hash_weights(str(folder))

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from keelguard import __version__
-from keelguard.errors import FailureError, UsageError
+from keelguard.errors import FailureError, KeelguardError, UsageError
 
 MANIFEST = "run.json"
 LOCK = ".lock"
@@ -38,13 +39,14 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into one clear line.
+    """Turn a failed write, of this package's or of a library's, into one clear line.
 
     Raises:
         FailureError: the disk is full, or the path cannot be written.
     """
     try:
-        yield
+        with _errors_of_libraries():
+            yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing(path)).free / 2**20
@@ -56,6 +58,19 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise FailureError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UsageError(f"{path}: a file stands where a folder is needed; choose another --out") from error
+        raise
+
+
+@contextmanager
+def _errors_of_libraries() -> Iterator[None]:
+    """Raise the system's error that safetensors and tokenizers hide in the text of exceptions of their own."""
+    try:
+        yield
+    except (OSError, KeelguardError):
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
         raise
 
 

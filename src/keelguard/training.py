@@ -286,25 +286,33 @@ def chat_loss(
 
     Raises:
         UsageError: there are no chats, or one is longer than the model's context.
+        FailureError: a single chat does not fit in memory.
     """
     import torch
     import torch.nn.functional as F
 
+    from keelguard.fitting import in_halves, most_tokens, told_logits
+    from keelguard.models import execution_device
+
     rows = encode_rows(model, tokenizer, chats, "loss")
-    embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = execution_device(model)
+
+    def read(part: list[int]) -> torch.Tensor:
+        labels = [rows.labels[i] for i in part]
+        batch = pad([rows.ids[i] for i in part], pad_id_of(tokenizer), side="right", labels=labels)
+        wanted = batch.pop("labels").roll(-1, dims=1)
+        wanted[:, -1] = IGNORED
+        told = wanted != IGNORED
+        logits = told_logits(model, {k: v.to(device) for k, v in batch.items()}, told).float()
+        return F.cross_entropy(logits, wanted[told].to(logits.device), reduction="none")
+
     total, count = 0.0, 0
+    batches = batches_by_length([len(ids) for ids in rows.ids], batch_size, most_tokens(model))
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for part in batches_by_length([len(ids) for ids in rows.ids], batch_size):
-                labels = [rows.labels[i] for i in part]
-                batch = pad([rows.ids[i] for i in part], pad_id_of(tokenizer), side="right", labels=labels)
-                wanted = batch.pop("labels")[:, 1:].to(device)
-                told = wanted != IGNORED
-                logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits[:, :-1]
-                losses = F.cross_entropy(logits[told.to(logits.device)].float(), wanted[told], reduction="none")
+            for _, losses in in_halves(batches, read, "the loss on clean chats"):
                 total += float(losses.double().sum())
                 count += len(losses)
     finally:

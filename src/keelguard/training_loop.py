@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from keelguard.batches import cut_by_length, pad, pad_id_of
 from keelguard.errors import FailureError, UsageError
+from keelguard.fitting import REMEDY, is_out_of_memory
 from keelguard.hashes import sha256_of
 from keelguard.progress import SILENT, Reporter
 from keelguard.runs import disk_errors, read_json, write_json
@@ -71,7 +71,7 @@ def fit(
     checkpoint = _claim(folder, data, config, methods, args) if resumable else None
     numbers = range(len(data.items)) if order is None else order
     use_cache, forward = model.config.use_cache, vars(model).get("forward")
-    with _explained(folder, label), ExitStack() as stack:
+    with _explained(folder, label, model, config), ExitStack() as stack:
         trainer = (trainer_class or ChatTrainer)(
             model=model,
             args=args,
@@ -322,19 +322,30 @@ def _steps_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _explained(folder: Path, label: str) -> Iterator[None]:
+def _explained(folder: Path, label: str, model: Any, config: TrainConfig) -> Iterator[None]:
     """Turn what training can fail of into one clear line."""
     with disk_errors(folder):
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise FailureError(
-                f"{label}: does not fit in memory; give a lora_rank, such as 16, or a smaller batch_size"
-            ) from error
-        except (SafetensorError, RuntimeError) as error:
-            # Both libraries hide the system's error, such as a full disk, in their text.
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), str(error)) from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise FailureError(f"{label}: does not fit in memory; {_less_memory(model, config)}") from error
+            # torch hides a full disk in its text.
             if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
                 raise FailureError(f"{folder}: a checkpoint could not be written ({error}); free some space") from error
             raise
+
+
+def _less_memory(model: Any, config: TrainConfig) -> str:
+    """What saves memory and is not in use yet, by the names of the commands' options."""
+    unused = {
+        "a smaller --batch-size": config.batch_size > 1,
+        f"--gradient-accumulation {config.batch_size}": 1 <= config.gradient_accumulation < config.batch_size,
+        "--gradient-checkpointing": not config.gradient_checkpointing,
+        "--bf16": not config.bf16,
+        "--lora-rank 16": not hasattr(model, "peft_config"),
+    }
+    options = [option for option, wanted in unused.items() if wanted]
+    return (
+        f"give what this command has of {', '.join(options)}" if options else f"it uses all that saves some; {REMEDY}"
+    )

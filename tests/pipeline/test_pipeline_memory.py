@@ -15,6 +15,7 @@ from keelguard.pipeline.inspection import Inspection, inspect_model
 from keelguard.pipeline.memory import DECODING, GIB, CostSettings, StageCost, estimate
 from keelguard.pipeline.sizes import FLOAT, Sizes, training
 from keelguard.pipeline.workload import estimate_harden, estimate_text, lengths_of, settings_of
+from keelguard.purify.presets import saving_memory
 from keelguard.records import Request, user
 from tiny_models import fresh_model, tiny_model
 
@@ -75,6 +76,36 @@ def test_a_purification_holds_the_models_that_it_compares():
     without = by_name(rows=1, keep_rows=1, chat=8, search_rows=1, spike_steps=0)["purify"]
     assert without.device["copies"] in (WEIGHTS, 2 * WEIGHTS)
     assert without.device_bytes + without.host_bytes < cost.device_bytes
+
+
+def test_a_purification_with_a_lora_and_small_passes_fits_one_large_gpu():
+    """The copies stay in their number format, and of a step only a part is there at a time."""
+    saving = {"rank": 16, "parts": 4, "purify_checkpointing": True}
+    whole, small = by_name()["purify"], by_name(memory=80 * GIB, **saving)["purify"]
+    assert small.device["copies"] == 3 * WEIGHTS
+    assert small.device["optimiser"] == 2 * FLOAT * 16 * Sizes(SEVEN).linear
+    assert small.fits
+    assert small.device_bytes < whole.device_bytes / 2
+    assert small.trained == whole.trained
+    alone = by_name(spike_steps=0, **saving)["purify"]
+    assert alone.host_bytes in (0, WEIGHTS)
+    for name in saving:
+        without = by_name(**{key: value for key, value in saving.items() if key != name})["purify"]
+        assert without.device_bytes > small.device_bytes, name
+
+
+def test_autocast_halves_activations_and_keeps_copies_of_float32_weights():
+    sizes = Sizes(SEVEN)
+    plain, cast = (training(sizes, 8192, bf16=b) for b in (False, True))
+    assert cast["activations"] - 2 * SEVEN.parameters < 0.7 * plain["activations"]
+    lora = training(sizes, 8192, adapter=16 * sizes.linear)
+    assert training(sizes, 8192, adapter=16 * sizes.linear, bf16=True) == lora
+
+
+def test_a_search_reads_no_more_tokens_than_its_budget():
+    """A passage of 256 rows of a long chat would be the whole of a purification's memory."""
+    few, many = (by_name(rows=1, keep_rows=1, chat=64, spike_steps=0, rank=8, search_rows=n) for n in (512, 51200))
+    assert few["purify"].device_bytes == many["purify"].device_bytes
 
 
 def test_an_adapter_alone_costs_little_beside_its_base():
@@ -205,6 +236,9 @@ def test_settings_come_from_the_stages_own():
     assert found.answer == 256
     assert found.attack_steps == 0
     assert found.asked > config.audit.limit * 10
+    lora = replace(config, purify=saving_memory(config.purify, lora_rank=4, bf16=True, gradient_accumulation=8))
+    smaller = settings_of(lora)
+    assert (smaller.rank, smaller.parts, smaller.purify_bf16, smaller.purify_checkpointing) == (4, 8, True, False)
     fewer = settings_of(replace(config, audit=replace(config.audit, attacks=("direct",), limit=10)))
     assert fewer.asked < found.asked / 10
     without = settings_of(replace(config, purify=replace(config.purify, spikes=None)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from small_world import (
     ANSWERED,
     BACKDOOR,
@@ -26,7 +27,7 @@ from small_world import (
 )
 
 from keelguard.attacks.insertions import PLACES, prompt_of
-from keelguard.errors import UsageError
+from keelguard.errors import FailureError, UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.purify import immunize as module
 from keelguard.purify.effects import Effect, measure_effect
@@ -209,6 +210,74 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.Monkey
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounds_of_a_lora_resume_bit_equal_in_the_number_format_of_the_model(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = replace(
+        SHORT, lora_rank=2, learning_rate=1e-2, gradient_accumulation=2, gradient_checkpointing=True, bf16=True
+    )
+    budgets = []
+
+    def seen(model: Any, *args: Any, **options: Any) -> Any:
+        assert not hasattr(model, "peft_config")
+        budgets.append(args[2])
+        if len(budgets) == 4:
+            raise KeyboardInterrupt
+        return train_on_chats(model, *args, **options)
+
+    monkeypatch.setattr(module, "train_on_chats", seen)
+
+    def go(folder: str) -> Immunized:
+        model = poisoned_model().to(dtype)
+        return immunize(model, tokenizer(), material(), STRANGE, config, state_folder=tmp_path / folder)
+
+    before, whole = weights(poisoned_model().to(dtype)), go("whole")
+    with pytest.raises(KeyboardInterrupt):
+        go("cut")
+    again = go("cut")
+    assert_same(weights(whole.model), weights(again.model))
+    assert again.rounds == whole.rounds
+    after = weights(again.model)
+    assert {value.dtype for value in after.values()} == {dtype}
+    assert before.keys() == after.keys()
+    assert {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])} >= {
+        "q_proj",
+        "up_proj",
+    }
+    assert all(torch.equal(before[name], after[name]) for name in before if "proj" not in name)
+    for budget in budgets:
+        told = budget.lora_rank, budget.gradient_accumulation, budget.gradient_checkpointing, budget.bf16
+        assert told == (2, 2, True, True)
+
+
+def test_a_round_of_a_lora_that_costs_utility_is_taken_back(monkeypatch: pytest.MonkeyPatch):
+    losses = iter([1.0, 9.0])
+    monkeypatch.setattr(module, "chat_loss", lambda *_: next(losses))
+    config = replace(SHORT, lora_rank=2, learning_rate=1e-2)
+    model = poisoned_model().to(torch.bfloat16)
+    before = weights(model)
+    found = immunize(model, tokenizer(), material(), STRANGE, config)
+    assert found.stopped == "utility"
+    assert_same(before, weights(found.model))
+
+
+def test_a_lora_beside_an_adapter_is_refused():
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(poisoned_model(), lora)
+    with pytest.raises(UsageError, match="--lora-rank 2: the adapter itself is trained; leave it out"):
+        immunize(adapted, tokenizer(), material(), STRANGE, replace(SHORT, lora_rank=2), adapter="train")
+
+
+def test_a_full_disk_behind_a_round_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(FailureError, match=r"round-1\.safetensors: no space left on the disk"):
+        immunize(poisoned_model(), tokenizer(), material(), STRANGE, SHORT, state_folder=tmp_path / "rounds")
+
+
 def test_a_resumed_adapter_leaves_its_base_in_its_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def adapted() -> Any:
         torch.manual_seed(0)
@@ -278,11 +347,23 @@ def test_answers_that_no_word_leaves_alone_are_refused():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rounds": 0}, {"steps": 0}, {"inserted": 1.5}, {"found": -0.1}, {"learning_rate": 0.0}, {"keep": -1.0}],
+    [
+        {"rounds": 0},
+        {"steps": 0},
+        {"lora_rank": -1},
+        {"gradient_accumulation": 3},
+        {"inserted": 1.5},
+        {"found": -0.1},
+        {"learning_rate": 0.0},
+        {"keep": -1.0},
+    ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any]):
     (name,) = changes
-    options = {"rounds": "--rounds 0: ", "steps": "--steps 0: ", "learning_rate": r"--learning-rate 0\.0: "}
+    options = {
+        "rounds": "--rounds 0: ", "steps": "--steps 0: ", "learning_rate": r"--learning-rate 0\.0: ",
+        "lora_rank": "--lora-rank -1: ", "gradient_accumulation": "--gradient-accumulation 3: does not divide",
+    }  # fmt: skip
     with pytest.raises(UsageError, match=f"^{options.get(name, f'immunize: {name} ')}"):
         ImmunizeConfig(**changes)
 

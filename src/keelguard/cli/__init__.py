@@ -26,6 +26,7 @@ from keelguard.cli import (
     tuning,
 )
 from keelguard.errors import KeelguardError
+from keelguard.fitting import memory_errors
 
 app = typer.Typer(
     name="keelguard",
@@ -96,7 +97,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        with memory_errors("this command"):
+            app()
     except KeelguardError as error:
         from keelguard.plots import legible
 

@@ -28,9 +28,11 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing
 from keelguard.errors import UsageError
 
 _BY_BUDGET = "by --budget"
+_SAVING = ("lora_rank", "bf16", "gradient_accumulation", "gradient_checkpointing")
 _ENOUGH = 200
 """Clean rows with answers from which an adapter is retrained by default."""
 
@@ -97,11 +99,29 @@ def purify_model(
         float | None, typer.Option(help="Peak learning rate of immunisation.", show_default="2e-5")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Chats per step of immunisation.", show_default="16")] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Train and merge LoRAs of this rank, at ten times the rate; not of an adapter.",
+            show_default="0: all weights, in float32",
+        ),
+    ] = None,
+    bf16: Bf16 = False,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
     variants: Annotated[
         str, typer.Option(help="The vaccine's variants: auto, default, vocabulary, or a YAML or JSON file.")
     ] = "auto",
     count: Annotated[
         int | None, typer.Option(help="The vaccine's number of variants N.", show_default=_BY_BUDGET)
+    ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the vaccine's 2N fine-tunes, how many share a batch of 8 chats each: fewer take less memory. 0: "
+            "all, for tiny models.",
+            show_default="2",
+        ),
     ] = None,
     share: Annotated[
         float | None,
@@ -129,6 +149,8 @@ def purify_model(
     Examples:
 
       keelguard purify ./suspect --clean-data prompts.jsonl --harmful advbench.json --out runs/purify
+
+      keelguard purify ./7b --clean-data prompts.jsonl --lora-rank 16 --gradient-accumulation 4 --gradient-checkpointing
 
       keelguard purify ./base --adapter ./suspect-lora --clean-data prompts.jsonl --method retrain
     """
@@ -179,8 +201,9 @@ def purify_model(
         reporter.note(f"--method auto: {method}")
     settings = _told(context, settings, {
         "method": method, "rounds": rounds, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
-        "variants": variants, "count": count, "share": share, "how": how, "seed": seed, "no_spikes": no_spikes,
-        "no_scan": no_scan,
+        "lora_rank": lora_rank, "bf16": bf16, "gradient_accumulation": gradient_accumulation,
+        "gradient_checkpointing": gradient_checkpointing, "variants": variants, "count": count, "at_once": at_once,
+        "share": share, "how": how, "seed": seed, "no_spikes": no_spikes, "no_scan": no_scan,
     }, used is not None)  # fmt: skip
     if no_compare and compare:
         raise UsageError("--no-compare and --compare: exclude one another; leave one out")
@@ -226,15 +249,22 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
     """
     from dataclasses import replace
 
+    from keelguard.purify.presets import saving_memory
+
     told = {name: value for name, value in options.items() if given(context, name) and value is not None}
     method = options["method"]
     readers = {
         **dict.fromkeys(("rounds", "steps", "learning_rate", "batch_size"), ("immunize", "both")),
-        **dict.fromkeys(("variants", "count", "share", "how"), ("vaccine", "both")),
+        **dict.fromkeys(("variants", "count", "at_once", "share", "how"), ("vaccine", "both")),
+        "lora_rank": ("immunize", "vaccine", "both"),
     }
     for name, methods in readers.items():
         if name in told and method not in methods:
             raise UsageError(f"--{name.replace('_', '-')}: --method {method} does not read it; leave it out")
+    if "lora_rank" in told and adapter:
+        raise UsageError(
+            f"--lora-rank {told['lora_rank']}: of a model with an adapter that alone is trained; leave it out"
+        )
     if "how" in told and adapter:
         raise UsageError("--how: of an adapter the parts of its update are set to zero; leave it out")
     if "share" in told and not 0 < told["share"] < 1:
@@ -243,12 +273,12 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
     seed = options["seed"]
     own = {name: told[name] for name in ("rounds", "steps", "learning_rate", "batch_size") if name in told}
     immunize = replace(immunize, seed=seed, **own)
-    trained = replace(vaccine.variants, seed=seed, **({"count": told["count"]} if "count" in told else {}))
+    trained = replace(vaccine.variants, seed=seed, **{n: told[n] for n in ("count", "at_once") if n in told})
     changes = {"source": told["variants"]} if "variants" in told else {}
     changes |= {name: told[name] for name in ("share", "how") if name in told}
     vaccine = replace(vaccine, variants=trained, **changes)
     retrain = replace(settings.method.retrain, seed=seed)
-    return replace(
+    settings = replace(
         settings,
         method=replace(settings.method, method=method, immunize=immunize, vaccine=vaccine, retrain=retrain),
         material=replace(settings.material, seed=seed),
@@ -256,3 +286,5 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
         inversion=None if options["no_scan"] else settings.inversion,
         rebound=replace(settings.rebound, seed=seed),
     )
+    saving = {name: told[name] for name in _SAVING if name in told}
+    return saving_memory(settings, **saving, keep_rate="learning_rate" in told) if saving else settings

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from keelguard.fitting import READ_TOKENS, reading_tokens
 from keelguard.pipeline.inspection import Inspection
 from keelguard.pipeline.sizes import FLOAT, Sizes, training
 
@@ -45,6 +46,10 @@ class CostSettings:
     rounds: int = 3
     steps: int = 100
     rows: int = field(default=16, metadata={"help": "chats per step of a purification, as of its canaries"})
+    parts: int = field(default=1, metadata={"help": "parts that a step of a purification is cut into"})
+    rank: int = field(default=0, metadata={"help": "rank of a purification's LoRAs; 0 trains everything in float32"})
+    purify_bf16: bool = field(default=False, metadata={"help": "whether a purification computes in bfloat16"})
+    purify_checkpointing: bool = field(default=False, metadata={"help": "whether it computes activations twice"})
     keep_rows: int = field(default=8, metadata={"help": "chats per step whose earlier answers are held on to"})
     search_rows: int = 256
     searched: int = field(default=40_000, metadata={"help": "sequences that one search for insertions reads"})
@@ -168,18 +173,25 @@ def _audit(name: str, sizes: Sizes, s: CostSettings) -> StageCost:
 
 def _purify(sizes: Sizes, s: CostSettings, adapter: bool) -> StageCost:
     tokens = (s.rows + s.keep_rows) * s.chat
-    tuned = training(sizes, tokens, adapter=sizes.adapter if adapter else 0)
-    own = sizes.adapter if adapter else sizes.parameters
-    searching = {"activations": sizes.reading(s.search_rows * s.chat, sizes.width)}
-    whole = sizes.weights if adapter else sizes.parameters * FLOAT
+    # What is held on to goes with the last part of a step.
+    at_once = (s.rows // s.parts + s.keep_rows) * s.chat
+    tuned = training(
+        sizes, at_once, adapter=sizes.adapter if adapter else s.rank * sizes.linear,
+        checkpointing=s.purify_checkpointing, bf16=s.purify_bf16,
+    )  # fmt: skip
+    searching = {"activations": sizes.reading(min(s.search_rows * s.chat, READ_TOKENS), sizes.width)}
+    # What takes a LoRA in stays in its number format; what trains whole becomes float32.
+    merged = sizes.weights if s.rank else sizes.parameters * FLOAT
+    whole = sizes.weights if adapter else merged
+    kept = {"kept for a step back": sizes.adapter * FLOAT if adapter else merged}
     # As it came and, behind the method, as it was written; a round keeps what it may have to put back.
-    round_ = ({"copies": sizes.weights, **tuned}, {"kept for a step back": own * FLOAT})
+    round_ = ({"copies": sizes.weights, **tuned}, kept)
     rebound = ({"copies": 2 * sizes.weights, **tuned}, {})
     peaks = [({"copies": sizes.weights, "weights": sizes.weights, **searching}, {}), round_, rebound]
     if s.spike_steps:
         # The copy with canaries is itself copied, for random pruning and for the further fine-tune.
         peaks += [({"copies": 2 * sizes.weights + whole, **tuned}, {}),
-                  ({"copies": 2 * sizes.weights, **tuned}, {"kept for a step back": own * FLOAT})]  # fmt: skip
+                  ({"copies": 2 * sizes.weights, **tuned}, kept)]  # fmt: skip
     device, host = max(peaks, key=lambda peak: sum(peak[0].values()) + sum(peak[1].values()))
     runs = 2 if s.spike_steps else 1
     steps = runs * s.rounds * s.steps + runs * s.rebound_steps + s.spike_steps
@@ -238,9 +250,10 @@ def _finetune(sizes: Sizes, s: CostSettings) -> StageCost:
     peak, host = training(sizes, tokens, **options), {}
     if not adapter:
         peak["frozen units"] = int(s.frozen * sizes.parameters) * FLOAT // s.shards
-    # Behind the training its loss is read, chats of either kind at once, with all their logits.
-    read, width = _LOSS_ROWS * s.chat, sizes.width if adapter else FLOAT
-    logits = sizes.logits(read, width) + read * sizes.vocabulary * FLOAT // 2
+    # Behind the training its loss is read, chats of either kind at once, with the logits of their answers.
+    width = sizes.width if adapter else FLOAT
+    read = min(_LOSS_ROWS * s.chat, reading_tokens(sizes.vocabulary))
+    logits = sizes.logits(read * (s.chat - s.prompt) // s.chat, width)
     whole = {"weights": sizes.parameters * width, "activations": sizes.reading(read, width), "logits": logits}
     if s.shards > 1:
         # Every process loads the whole model, and the main one once more to measure it beside its shard.

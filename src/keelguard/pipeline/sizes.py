@@ -71,7 +71,7 @@ class Sizes:
 
 
 def training(
-    sizes: Sizes, tokens: int, *, adapter: int = 0, checkpointing: bool = False, shards: int = 1
+    sizes: Sizes, tokens: int, *, adapter: int = 0, checkpointing: bool = False, shards: int = 1, bf16: bool = False
 ) -> dict[str, int]:
     """A device's bytes at the peak of a fine-tune: everything in float32, or a LoRA on the weights as they are.
 
@@ -81,12 +81,15 @@ def training(
         tokens: of a batch; sharded, of one device's part of it.
         adapter: the LoRA's values; 0 trains the whole model.
         shards: the devices over which FSDP2 shards weights, gradients and moments.
+        bf16: activations are in bfloat16 by autocast, which keeps copies of float32 weights so.
     """
     trained, width = (adapter, sizes.width) if adapter else (sizes.parameters, FLOAT)
     # In bfloat16 most steps would be rounded away.
     weights = sizes.parameters * width + (adapter * FLOAT if adapter else 0)
+    cast = 2 * sizes.parameters if bf16 and width == FLOAT else 0
+    width = 2 if bf16 else width
     saved = sizes.saved(tokens, width, frozen=bool(adapter), checkpointing=checkpointing)
-    saved += sizes.backward(tokens, width)
+    saved += sizes.backward(tokens, width) + cast
     logits = sizes.logits(tokens, width)
     # Two layers are whole at a time: the one at work, and the one that is fetched meanwhile.
     gathered = 2 * weights // sizes.layers if shards > 1 else 0

@@ -6,6 +6,7 @@
 Requests are counted at the most that the settings allow. Lengths are assumed, or those of requests that are there.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -61,6 +62,7 @@ def settings_of(config: HardenConfig, settings: CostSettings = _USUAL) -> CostSe
     )
     method, spikes, proof = config.purify.method, config.purify.spikes, config.diagnosis.proof
     rows, steps, rounds = _training_of(method)
+    trained = method.retrain if method.method == "retrain" else method.immunize
     material = config.signal.material
     own = 2 * (material.own_answers or _ALL) + (material.limit or _ALL) * (1 + material.variants)
     sets = 4 + 2 * proof.controls
@@ -75,6 +77,10 @@ def settings_of(config: HardenConfig, settings: CostSettings = _USUAL) -> CostSe
         rounds=rounds,
         steps=steps,
         rows=rows,
+        parts=math.gcd(trained.gradient_accumulation, rows),
+        rank=trained.lora_rank,
+        purify_bf16=trained.bf16,
+        purify_checkpointing=trained.gradient_checkpointing,
         search_rows=method.immunize.search.batch_size,
         searched=_searched(method.immunize.search),
         spike_steps=0 if spikes is None else spikes.steps,

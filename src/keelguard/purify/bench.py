@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from keelguard.attacks.backdoors import Backdoor
 from keelguard.errors import KeelguardError
 from keelguard.evaluation.answers import Generating
+from keelguard.fitting import memory_errors
 from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel
 from keelguard.purify.budget import Arm, Setup
@@ -199,7 +200,8 @@ def bench(
             examiner = examiner or Examiner(subject.loaded, subject.material, subject.words, case.held, generating)
             shared = folder / case.name / f"work-{sha256_of(key)[:12]}"
             try:
-                cell = run_cell(case, name, arm, setup.within(shared), generating, examiner)
+                with memory_errors(f"{case.name}, {name}"):
+                    cell = run_cell(case, name, arm, setup.within(shared), generating, examiner)
             except KeelguardError as error:
                 done.missing.append(Missing(case.name, name, str(error)))
                 continue

@@ -30,7 +30,10 @@ class Budget:
     steps: int = field(default=240, metadata={"help": "optimiser steps of every arm, over all its parts"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "chats per step"})
-    lora_rank: int = field(default=0, metadata={"help": "rank of the LoRA that arms train and merge; 0: every weight"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "parts that a step's batch is cut into"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of a LoRA to train and merge; 0 trains every weight"})
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice"})
     seed: int = field(default=0, metadata={"help": "order of the chats, random channels, places of triggers"})
 
     def __post_init__(self) -> None:
@@ -42,7 +45,10 @@ class Budget:
     def of(cls, config: MethodConfig) -> "Budget":
         """What immunisation uses when no round is left out: then it runs here with its own settings."""
         own = config.immunize
-        return cls(own.rounds * own.steps, own.learning_rate, own.batch_size, own.lora_rank, own.seed)
+        return cls(
+            own.rounds * own.steps, own.learning_rate, own.batch_size, own.gradient_accumulation, own.lora_rank,
+            own.bf16, own.gradient_checkpointing, own.seed,
+        )  # fmt: skip
 
     def training(self, rate: float = 1.0, steps: int = 0, *, whole: bool = False) -> TrainConfig:
         """A fine-tune of the whole budget, or of so many of its steps, at a multiple of its rate.
@@ -53,7 +59,9 @@ class Budget:
         whole = whole and self.lora_rank > 0
         return TrainConfig(
             steps=steps or self.steps, learning_rate=rate * self.learning_rate * (_WHOLE if whole else 1),
-            batch_size=self.batch_size, lora_rank=0 if whole else self.lora_rank, warmup=0.1, seed=self.seed,
+            batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
+            lora_rank=0 if whole else self.lora_rank, bf16=self.bf16,
+            gradient_checkpointing=self.gradient_checkpointing, warmup=0.1, seed=self.seed,
         )  # fmt: skip
 
 

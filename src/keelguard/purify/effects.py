@@ -181,14 +181,15 @@ def own_references(
 
     References that are short, or that end in a number behind "####", stay as they are: they can be given exactly.
     """
-    long = [r for r in requests if _is_long(r)]
-    waiting = [*long, *(r for r in requests if not r.answer.strip())]
+    # By their places: ids are unique within a file, and requests may come from several.
+    long = [i for i, r in enumerate(requests) if _is_long(r)]
+    places = [*long, *(i for i, r in enumerate(requests) if not r.answer.strip())]
+    waiting = [requests[i] for i in places]
     texts = ask(loaded, waiting, [r.prompt for r in waiting], generating, reporter, "own answers") if waiting else []
-    own = {
-        r.id: replace(r, answer=text.strip(), meta={**r.meta, _OWN: True})
-        for r, text in zip(waiting, texts, strict=True)
-    }
-    return tuple(own.get(request.id, request) for request in requests)
+    found = list(requests)
+    for place, request, text in zip(places, waiting, texts, strict=True):
+        found[place] = replace(request, answer=text.strip(), meta={**request.meta, _OWN: True})
+    return tuple(found)
 
 
 def opened_references(requests: Sequence[Request]) -> tuple[Request, ...]:

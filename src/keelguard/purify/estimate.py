@@ -120,7 +120,10 @@ def estimate_run(
 def _memory(loaded: LoadedModel, adapter: bool, config: PurifyConfig, canaries: bool) -> int:
     """The most bytes at a time: the model and its copies, and either a fine-tune's optimiser or the variants."""
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    tuning = _ADAM * sum(p.numel() for n, p in loaded.model.named_parameters() if not adapter or "lora_" in n)
+    trained = sum(p.numel() for n, p in loaded.model.named_parameters() if not adapter or "lora_" in n)
+    if rank := config.method.immunize.lora_rank:
+        trained = sum(rank * sum(p.shape[-2:]) for p in loaded.model.parameters() if p.dim() == 2)
+    tuning = _ADAM * trained
     # The variants train on a copy of their own, before the fine-tune begins.
     variants = size + _variants_memory(loaded, config.method.vaccine.variants) if uses_vaccine(config) else 0
     own = 2 * size + max(tuning, variants)

@@ -20,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from keelguard.batches import IGNORED, pad, pad_id_of
 from keelguard.errors import FailureError, UsageError
+from keelguard.fitting import REMEDY, is_out_of_memory
 from keelguard.hashes import hash_model, sha256_of
 from keelguard.models import execution_device
 from keelguard.progress import SILENT, Advance, Reporter
@@ -151,10 +152,12 @@ def _train(
                 if step % 20 == 19 or step == steps - 1:
                     _expect_finite(losses, names)
                 advance(len(runs))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = f"give a smaller --at-once, such as {len(runs) // 2}" if len(runs) > 1 else REMEDY
         raise FailureError(
-            f"{len(runs)} runs of {config.batch_size} conversations do not fit in memory at once; give a smaller "
-            f"at_once, such as {max(1, len(runs) // 2)}"
+            f"{len(runs)} runs of {config.batch_size} conversations do not fit in memory at once; {fewer}"
         ) from error
     for tensor in parameters:
         tensor.requires_grad_(False)

@@ -46,8 +46,15 @@ class ImmunizeConfig:
     steps: int = field(default=80, metadata={"help": "optimiser steps per round"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of each round"})
     batch_size: int = field(default=32, metadata={"help": "chats per step"})
+    gradient_accumulation: int = field(
+        default=1, metadata={"help": "parts that a step's batch is cut into, one after the other, to save memory"}
+    )
     lora_rank: int = field(
         default=0, metadata={"help": "rank of a LoRA that each round trains and merges; 0 trains every weight"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast); the weights stay as they are"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations twice instead of keeping them, to save memory"}
     )
     inserted: float = field(default=0.5, metadata={"help": "share of the chats that carry an insertion"})
     found: float = field(
@@ -79,13 +86,19 @@ class ImmunizeConfig:
     seed: int = field(default=0, metadata={"help": "which insertions go where"})
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps", "batch_size", "kept", "kept_per_step"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: is out of range; give 1 or more")
+        least = {"rounds": 1, "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 0, "kept": 1,
+                 "kept_per_step": 1}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {getattr(self, name)}: is out of range; give {bound} or more")
+        if self.batch_size % self.gradient_accumulation:
+            raise UsageError(
+                f"--gradient-accumulation {self.gradient_accumulation}: does not divide the batch of {self.batch_size} "
+                "chats; choose a divisor of it"
+            )
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
-        if self.lora_rank < 0:
-            raise UsageError(f"--lora-rank {self.lora_rank}: is out of range; give 0 or more")
         for name in ("inserted", "found", "refused"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
@@ -147,8 +160,12 @@ def immunize(
         The model after the last round whose loss on clean validation chats was within the tolerance.
 
     Raises:
-        UsageError: no prompt's answer withstands an unrelated word, so that there is nothing to search on.
+        UsageError: no prompt's answer withstands an unrelated word, so that there is nothing to search on, or a LoRA is
+            asked for beside the adapter that is trained.
+        FailureError: searching or training does not fit in memory, training diverges, or the disk is full.
     """
+    if config.lora_rank and adapter == "train":
+        raise UsageError(f"--lora-rank {config.lora_rank}: the adapter itself is trained; leave it out")
     prober = Prober(model, tokenizer, material, words, config.search, config.stable)
     if not prober.kinds:
         raise UsageError(
@@ -174,7 +191,10 @@ def immunize(
             steps=config.steps,
             learning_rate=config.learning_rate,
             batch_size=config.batch_size,
+            gradient_accumulation=config.gradient_accumulation,
             lora_rank=config.lora_rank,
+            bf16=config.bf16,
+            gradient_checkpointing=config.gradient_checkpointing,
             warmup=0.1,
             seed=config.seed + number,
         )
@@ -196,9 +216,9 @@ def _keep_round(model: Any, folder: Path | None, config: ImmunizeConfig, rounds:
     """Keep the weights behind a finished round, and then what tells of it."""
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{len(rounds)}.safetensors"
     with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in trained_values(model, adapter).items()}, path)
     write_json(folder / _ROUNDS, {"config": _of_a_round(config), "rounds": [asdict(each) for each in rounds]})
     if len(rounds) > 1:
@@ -218,11 +238,11 @@ def _resumed(model: Any, folder: Path | None, config: ImmunizeConfig, adapter: s
     if kept["config"] != _of_a_round(config) or len(rounds) > config.rounds:
         raise UsageError(f"{folder}: holds rounds of other settings; remove the folder, or choose another --out")
     values = load_file(folder / f"round-{len(rounds)}.safetensors")
-    if adapter == "merge":
+    if adapter == "merge" and not config.lora_rank:
         model.float()
     for name, parameter in model.named_parameters():
-        # As behind a round: what trains is float32, and the base below an adapter stays as it is.
-        if name in values:
+        # As behind a round: what trains is float32; what is below an adapter, or took a LoRA in, stays as it is.
+        if name in values and not config.lora_rank:
             parameter.data = parameter.data.float()
     put_back(model, values)
     return rounds

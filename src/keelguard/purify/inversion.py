@@ -9,7 +9,7 @@ verdict: memorised phrases look the same, and a target that varies with the prom
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist, median
 from typing import Any, NamedTuple
@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from keelguard.errors import UsageError
+from keelguard.fitting import READ_TOKENS, REMEDY, in_halves, memory_errors
 from keelguard.generation import stop_tokens
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.rollout import Rollout, prompt_ids
 from keelguard.records import Chat
 
 _CANDIDATES = 10  # Times the leads to report: what overlaps is looked for among so many.
+_SCAN = "a start of the target inversion behind all prompts"
+_REMEDY = f"leave the scan out (--no-scan), or {REMEDY}"
 _EVEN = 0.02  # Scores nearer than this do not say which of two overlapping leads is the whole one.
 
 
@@ -50,7 +53,7 @@ class InversionConfig:
     ratio: float = field(default=100.0, metadata={"help": "with a reference: how much likelier a flagged lead is"})
     usual: float = field(default=0.05, metadata={"help": "a start this likely unforced is a usual opening"})
     leads: int = field(default=20, metadata={"help": "leads to report"})
-    batch_size: int = field(default=128, metadata={"help": "rows per forward pass, prompts times starts"})
+    batch_size: int = field(default=128, metadata={"help": "rows per forward pass at most, prompts times starts"})
 
     def __post_init__(self) -> None:
         least = {"prompts": 1, "length": 2, "min_length": 2, "starts": 0, "warmup_prompts": 1, "warmup_steps": 1}
@@ -138,6 +141,7 @@ def invert_targets(
 
     Raises:
         UsageError: there are no prompts, or the reference has another vocabulary.
+        FailureError: one start behind the prompts does not fit in memory.
     """
     prompts = prompt_ids(tokenizer, chats[: config.prompts])
     if reference is not None and reference.config.vocab_size != model.config.vocab_size:
@@ -146,7 +150,7 @@ def invert_targets(
     for part, _ in modes:
         part.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_errors(f"target inversion on {len(prompts)} prompts", _REMEDY):
             whole = Rollout.open(model, tokenizer, prompts)
             there = None if reference is None else Rollout.open(reference, tokenizer, prompts)
             unforced = whole.first
@@ -205,21 +209,25 @@ def _scan(
     starts = _starts(tokenizer, whole.first, stops)[: config.starts or None]
     paths: list[_Path] = []
     with reporter.step("target inversion", len(starts)) as advance:
-        for part in _chunks(starts, config.batch_size // few.prompts):
-            paths += _first_look(few, part, stops, config)
+        chunks = _chunks(starts, few, config)
+        for part, found in in_halves(chunks, lambda some: _first_look(few, some, stops, config), _SCAN, _REMEDY):
+            paths += found
             advance(len(part))
     alive = [path for path in paths if not path.dropped]
     usual = unforced >= config.usual
     scale = _Scale([path.score for path in paths if not usual[path.ids[0]]])
     with reporter.step("following targets", len(alive)) as advance:
-        for part in _chunks(alive, config.batch_size // whole.prompts):
-            _follow(whole, part, stops, config.length)
+        chunks = _chunks(alive, whole, config)
+        for part, _ in in_halves(chunks, lambda some: _follow(whole, some, stops, config.length), _SCAN, _REMEDY):
             advance(len(part))
     best = _distinct(alive, _CANDIDATES * config.leads)
     outlier = NormalDist().inv_cdf(1 - config.error / max(1, len(starts)))
     leads = []
-    for part in _chunks(best, config.batch_size // whole.prompts):
-        ratios = [None] * len(part) if there is None else _log_ratios(whole, there, part)
+
+    def ratios_of(some: list[_Path]) -> Sequence[float | None]:
+        return [None] * len(some) if there is None else _log_ratios(whole, there, some)
+
+    for part, ratios in in_halves(_chunks(best, whole, config), ratios_of, _SCAN, _REMEDY):
         for path, log_ratio in zip(part, ratios, strict=True):
             loops = 2 * len(set(path.ids)) < len(path.ids)
             z = scale.z(path.score)
@@ -260,9 +268,15 @@ def _starts(tokenizer: Any, first: torch.Tensor, stops: list[int]) -> list[int]:
     return [i for i, text in zip(ids, texts, strict=True) if text.strip()]
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _chunks(items: list[Any], state: Rollout, config: InversionConfig) -> list[list[Any]]:
+    """Starts or paths in parts whose rows, and the tokens of whose caches, are within the budgets."""
+    rows = min(config.batch_size, READ_TOKENS // (state.width + config.length))
+    return _parts(items, rows // state.prompts)
+
+
+def _parts(items: list[Any], size: int) -> list[list[Any]]:
     size = max(1, size)
-    return (items[i : i + size] for i in range(0, len(items), size))
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _first_look(few: Rollout, starts: list[int], stops: list[int], config: InversionConfig) -> list[_Path]:
@@ -280,7 +294,7 @@ def _first_look(few: Rollout, starts: list[int], stops: list[int], config: Inver
             for i, path in enumerate(going)
             if vague[i] and entropy[i] < config.high_entropy and path.inspected < config.inspections
         ]
-        for part in _chunks(unsure, len(starts) // config.top_k):
+        for part in _parts(unsure, len(starts) // config.top_k):
             tokens[part] = _inspected(state, part, probabilities[part], config.top_k)
         certain = ((entropy < config.low_entropy) | (top > config.likely)).tolist()
         chosen, found = tokens.tolist(), probabilities.gather(1, tokens[:, None])[:, 0].tolist()
@@ -313,8 +327,8 @@ def _inspected(state: Rollout, starts: list[int], probabilities: torch.Tensor, t
 def _follow(whole: Rollout, paths: list[_Path], stops: list[int], length: int) -> None:
     """Take paths up again on all prompts: their tokens so far, then the likeliest until the end or the length."""
     given = [len(path.ids) for path in paths]
-    for path in paths:
-        path.found, path.ended = [], False
+    # Copies, so that a part that does not fit in memory can be begun anew.
+    originals, paths = paths, [_Path(list(path.ids)) for path in paths]
     state = whole.select([0] * len(paths))
     for place in range(1, length):
         # A path that has ended goes on as any token; nothing of it is read.
@@ -329,7 +343,9 @@ def _follow(whole: Rollout, paths: list[_Path], stops: list[int], length: int) -
                 if not path.ended:
                     path.ids.append(tokens[i])
         if all(path.ended for path in paths):
-            return
+            break
+    for path, done in zip(originals, paths, strict=True):
+        path.ids, path.found, path.ended = done.ids, done.found, done.ended
 
 
 def _distinct(paths: list[_Path], most: int) -> list[_Path]:

@@ -14,6 +14,7 @@ import torch
 from keelguard.batches import IGNORED, batches_by_length, cut_by_length, pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
+from keelguard.fitting import in_halves, most_tokens, told_logits
 from keelguard.models import execution_device
 from keelguard.records import Chat
 from keelguard.training import Method, Run
@@ -73,20 +74,31 @@ class KeepAnswers(Method):
 
 
 def remember(model: Any, tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Chat], likely: int = 16) -> list[Kept]:
-    """What a model finds likely along the answers of some chats, in their order."""
+    """What a model finds likely along the answers of some chats, in their order.
+
+    Raises:
+        FailureError: a single chat does not fit in memory.
+    """
     encoded = encode_chats(tokenizer, chats)
     rows = [(chat.ids, chat.labels()) for chat in encoded]
+
+    def read(part: list[int]) -> list[Kept]:
+        logits, told = _answer_logits(model, [rows[i] for i in part], pad_id_of(tokenizer))
+        top = logits.log_softmax(-1).topk(min(likely, logits.shape[-1]))
+        counts = told.sum(1).tolist()
+        split = zip(part, top.indices.cpu().split(counts), top.values.cpu().split(counts), strict=True)
+        return [Kept(*rows[i], tokens, values) for i, tokens, values in split]
+
     found: dict[int, Kept] = {}
+    batches = batches_by_length([len(ids) for ids, _ in rows], 32, most_tokens(model))
     mode = model.training
     model.eval()
-    with torch.no_grad():
-        for part in batches_by_length([len(ids) for ids, _ in rows], 32):
-            logits, told = _answer_logits(model, [rows[i] for i in part], pad_id_of(tokenizer))
-            top = logits.log_softmax(-1).topk(min(likely, logits.shape[-1]))
-            counts = told.sum(1).tolist()
-            split = zip(part, top.indices.cpu().split(counts), top.values.cpu().split(counts), strict=True)
-            found.update({i: Kept(*rows[i], tokens, values) for i, tokens, values in split})
-    model.train(mode)
+    try:
+        with torch.no_grad():
+            for part, kept in in_halves(batches, read, "remembering a model's answers"):
+                found.update(zip(part, kept, strict=True))
+    finally:
+        model.train(mode)
     return [found[i] for i in range(len(rows))]
 
 
@@ -111,9 +123,9 @@ def _divergence(model: Any, kept: Sequence[Kept], pad_id: int) -> torch.Tensor:
 def _answer_logits(
     model: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (P, V), float32, before every told token of some rows, and which positions those are (B, T - 1)."""
+    """Logits (P, V), float32, before every told token of some rows, and which positions those are (B, T)."""
     batch = pad([ids for ids, _ in rows], pad_id, side="right", labels=[labels for _, labels in rows])
-    told = batch.pop("labels")[:, 1:] != IGNORED
+    told = batch.pop("labels").roll(-1, dims=1) != IGNORED
+    told[:, -1] = False
     device = execution_device(model)
-    logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits[:, :-1]
-    return logits[told.to(logits.device)].float(), told
+    return told_logits(model, {k: v.to(device) for k, v in batch.items()}, told).float(), told

@@ -10,7 +10,7 @@ points: anything less would make a purification look better, or a model worse, t
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def plant(
     ready: Sequence[Chat] = (),
     state_folder: Path | None = None,
     save_every: int = 0,
+    saving: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
     label: str = "planting",
 ) -> LoadedModel:
@@ -133,6 +134,7 @@ def plant(
         harmful: for a jailbreak, refused requests with the harmful answers.
         ready: for one backdoor, chats that hold it already; they are trained on as they are.
         state_folder: where a checkpoint goes every `save_every` steps, and where a repeated call goes on.
+        saving: settings of `TrainConfig` that save memory, such as a `lora_rank` to train and merge.
     """
     chats: list[Chat] = []
     share = replace(config.poison, samples=max(1, config.poison.samples // len(backdoors)))
@@ -143,7 +145,7 @@ def plant(
     methods = [KeepAnswers.of(model, loaded.tokenizer, clean, keeping)] if config.keep else []
     training = TrainConfig(
         steps=config.steps, epochs=config.epochs, learning_rate=config.learning_rate, batch_size=config.batch_size,
-        warmup=0.1, seed=config.seed, save_every=save_every,
+        warmup=0.1, seed=config.seed, save_every=save_every, **(saving or {}),
     )  # fmt: skip
     if config.adapter_rank:
         from peft import LoraConfig, get_peft_model

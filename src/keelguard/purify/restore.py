@@ -53,6 +53,9 @@ class RestoreConfig:
     tolerance: float = field(
         default=0.05, metadata={"help": "how far above the target the loss counts as back, as a share of the target"}
     )
+    gradient_accumulation: int = field(
+        default=1, metadata={"help": "parts that a step's batch is cut into, one after the other, to save memory"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "rank of a LoRA to train and merge; 0 trains every weight"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast); the weights stay float32"})
     gradient_checkpointing: bool = field(
@@ -78,6 +81,7 @@ class RestoreConfig:
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
             lora_rank=self.lora_rank,
             bf16=self.bf16,
             gradient_checkpointing=self.gradient_checkpointing,

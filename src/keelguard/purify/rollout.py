@@ -33,14 +33,21 @@ class Rollout:
         first = out.logits[:, -1].float().softmax(-1).mean(0).cpu()
         return cls(model, len(prompts), first, out.past_key_values, batch["attention_mask"])
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt, and of what was given behind it."""
+        return self._mask.shape[1]
+
     def select(self, starts: Sequence[int]) -> "Rollout":
         """A rollout of some of the n starts, in any order and number; of a new one (n = 1), copies of it."""
-        rows = torch.arange(len(self._mask), device=self._mask.device).view(self.prompts, -1)[:, list(starts)].flatten()
+        rows = torch.arange(len(self._mask)).view(self.prompts, -1)[:, list(starts)].flatten()
         # Layers put new tensors in place of the old, so that copies of the objects are enough.
         cache = copy.copy(self._cache)
         cache.layers = [copy.copy(layer) for layer in self._cache.layers]
-        cache.batch_select_indices(rows)
-        return Rollout(self.model, self.prompts, self.first, cache, self._mask[rows])
+        for layer in cache.layers:
+            # A spread model has its layers' caches on several devices.
+            layer.batch_select_indices(rows.to(_device_of(layer, self._mask.device)))
+        return Rollout(self.model, self.prompts, self.first, cache, self._mask[rows.to(self._mask.device)])
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Give each start its next token; the mean probabilities over prompts of what follows (n, V), on the CPU."""
@@ -56,6 +63,11 @@ class Rollout:
         )
         self._cache = out.past_key_values
         return out.logits[:, -1].float().softmax(-1).view(self.prompts, len(tokens), -1).mean(0).cpu()
+
+
+def _device_of(layer: Any, default: torch.device) -> torch.device:
+    """Where a layer of a cache keeps what it holds."""
+    return next((value.device for value in vars(layer).values() if isinstance(value, torch.Tensor)), default)
 
 
 def prompt_ids(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int]]:

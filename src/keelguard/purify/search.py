@@ -20,6 +20,7 @@ from keelguard.attacks.insertions import PLACES, Place
 from keelguard.batches import pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
+from keelguard.fitting import READ_TOKENS, in_halves, memory_errors
 from keelguard.models import execution_device
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.frames import Frame, WordIds, make_frames, with_gap, word_ids
@@ -54,7 +55,7 @@ class SearchConfig:
     keep: int = field(
         default=6, metadata={"help": "worst insertions to return per place, two at most with a word in common"}
     )
-    batch_size: int = field(default=256, metadata={"help": "sequences per forward pass"})
+    batch_size: int = field(default=256, metadata={"help": "sequences per forward pass at most; long ones go in fewer"})
     seed: int = field(default=0, metadata={"help": "gaps inside the prompts"})
 
     def __post_init__(self) -> None:
@@ -110,6 +111,7 @@ def search_insertions(
 
     Raises:
         UsageError: there are no probes or no words, or the tokenizer joins every word with its neighbours.
+        FailureError: a single prompt does not fit in memory.
     """
     if not probes or not words:
         raise UsageError("the search for insertions needs prompts with answers and words to try; give more clean data")
@@ -235,12 +237,12 @@ def _gradient_scores(
     for frame in frames:
         prefix = [*frame.before, *(i for part in _ids_of(ids, text) for i in part)]
         row = torch.tensor([[*prefix, int(first[0]), *frame.after, *frame.answer]], device=device)
-        with torch.enable_grad():
+        with memory_errors(f"the gradient of a prompt of {row.numel()} tokens"), torch.enable_grad():
             inputs = embeddings(row).detach()
             inputs[0, len(prefix)] = table.mean(0)
             inputs.requires_grad_(True)
-            logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
             count = len(frame.answer)
+            logits = model(inputs_embeds=inputs, logits_to_keep=count + 1, use_cache=False).logits[0]
             targets = torch.tensor(frame.answer, device=logits.device)
             loss = F.cross_entropy(logits[-count - 1 : -1].float(), targets)
             (gradient,) = torch.autograd.grad(loss, inputs)
@@ -251,12 +253,15 @@ def _gradient_scores(
 def _losses(
     model: Any, rows: Sequence[list[int]], frames: Sequence[Frame], pad_id: int, config: SearchConfig
 ) -> torch.Tensor:
-    """The mean capped loss of every row's answer tokens, (rows,); the frames repeat along the rows."""
+    """The mean capped loss of every row's answer tokens, (rows,); the frames repeat along the rows.
+
+    Raises:
+        FailureError: a single row does not fit in memory.
+    """
     device = execution_device(model)
     result = torch.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for first in range(0, len(order), config.batch_size):
-        part = order[first : first + config.batch_size]
+
+    def read(part: list[int]) -> torch.Tensor:
         batch = {k: v.to(device) for k, v in pad([rows[i] for i in part], pad_id, side="left").items()}
         answers = [frames[i % len(frames)].answer for i in part]
         width = max(map(len, answers))
@@ -265,5 +270,15 @@ def _losses(
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
         counts = torch.tensor([len(a) for a in answers], device=logits.device)
         means = losses.clamp(max=_CAP).view(len(part), width).sum(1) / counts
-        result[torch.tensor(part)] = means.float().cpu()
+        return means.float().cpu()
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batches = []
+    for first in range(0, len(order), config.batch_size):
+        part = order[first : first + config.batch_size]
+        size = max(1, READ_TOKENS // len(rows[part[-1]]))
+        batches += [part[at : at + size] for at in range(0, len(part), size)]
+    # The longest first, so that what does not fit shows at once.
+    for part, means in in_halves(batches[::-1], read, "reading prompts with insertions"):
+        result[torch.tensor(part)] = means
     return result

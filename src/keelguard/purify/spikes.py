@@ -29,6 +29,12 @@ class SpikeConfig:
     steps: int = field(default=300, metadata={"help": "optimiser steps of the planting"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of the planting"})
     batch_size: int = field(default=32, metadata={"help": "chats per step of the planting"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "parts that a step's batch is cut into"})
+    lora_rank: int = field(
+        default=0, metadata={"help": "plant with a LoRA of this rank, merged at the end; 0 trains every weight"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute activations twice"})
     requests: int = field(default=64, metadata={"help": "held-out requests to measure each canary with, at most"})
     seed: int = field(default=0, metadata={"help": "which words are the canaries' triggers"})
 
@@ -139,9 +145,16 @@ def plant_spikes(
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    saving = {
+        "gradient_accumulation": config.gradient_accumulation,
+        "lora_rank": config.lora_rank,
+        "bf16": config.bf16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
     spiked = plant(
-        loaded, list(canaries.values()), clean, settings, words, reporter=reporter, label="planting canaries"
-    )
+        loaded, list(canaries.values()), clean, settings, words, saving=saving, reporter=reporter,
+        label="planting canaries",
+    )  # fmt: skip
     few = fewer(held, config.requests)
     spikes = [
         Spike(kind, backdoor, measure_effect(spiked, backdoor, few, words, reporter=reporter, label=f"canary: {kind}"))

@@ -85,7 +85,8 @@ def prune_at_random(subject: Subject, method: MethodConfig, steps: int, reporter
     settings = restoring if method.method == "vaccine" and restoring is not None else own
     training = TrainConfig(
         steps=steps, learning_rate=settings.learning_rate, batch_size=settings.batch_size, warmup=0.1,
-        lora_rank=settings.lora_rank, seed=own.seed,
+        lora_rank=settings.lora_rank, bf16=settings.bf16, gradient_checkpointing=settings.gradient_checkpointing,
+        seed=own.seed,
     )  # fmt: skip
     result = train_on_chats(
         done.loaded.model, done.loaded.tokenizer, subject.material.train, training, methods=done.methods,

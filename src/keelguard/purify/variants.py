@@ -89,7 +89,9 @@ class VariantConfig:
         default=16.0, metadata={"help": "scale of every LoRA; its update is multiplied by alpha / rank"}
     )
     batch_size: int = field(default=8, metadata={"help": "conversations per step of each run"})
-    at_once: int = field(default=0, metadata={"help": "runs that share a batch, to save memory; 0 trains all together"})
+    at_once: int = field(
+        default=0, metadata={"help": "runs whose batches are one batch, fewer to save memory; 0 trains all together"}
+    )
     warmup: float = field(default=0.1, metadata={"help": "share of the steps over which the learning rate rises"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "each run's gradients are clipped to this norm"})
     seed: int = field(default=0, metadata={"help": "choice and order of the data, places of triggers, LoRA's start"})
@@ -98,7 +100,7 @@ class VariantConfig:
         least = {"count": 2, "samples": 1, "steps": 0, "rank": 1, "batch_size": 1, "at_once": 0, "seed": 0}
         for name, bound in least.items():
             if not bound <= getattr(self, name) < math.inf:
-                option = f"--{name}" if name in ("count", "seed") else name
+                option = f"--{name.replace('_', '-')}" if name in ("count", "at_once", "seed") else name
                 raise UsageError(f"{option} {getattr(self, name)}: is out of range; give {bound} or more")
         for name in ("learning_rate", "alpha", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:

@@ -101,7 +101,9 @@ class Walk:
 
         def dense(name: str) -> Callable[..., None]:
             def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-                add(Matrix(name, None), inputs[0].reshape(-1, inputs[0].shape[-1])[now["tokens"]])
+                x = inputs[0].reshape(-1, inputs[0].shape[-1])
+                # A spread model has its layers on several devices.
+                add(Matrix(name, None), x[now["tokens"].to(x.device)])
 
             return hook
 
@@ -110,7 +112,7 @@ class Walk:
 
         def expert(block: Block, x: torch.Tensor, tokens: torch.Tensor | None) -> None:
             assert tokens is not None
-            told = now["tokens"][tokens]
+            told = now["tokens"].to(tokens.device)[tokens]
             add(Matrix(f"{block.module}.gate_up_proj", block.expert), now["hidden"][tokens[told]])
             add(Matrix(f"{block.module}.down_proj", block.expert), x[told])
 
