@@ -24,7 +24,6 @@ from keelguard.purify.components import TIED, peft_factors, select
 from keelguard.purify.crow import crow
 from keelguard.purify.immunize import immunize
 from keelguard.purify.methods import (
-    MethodConfig,
     Purified,
     Subject,
     Threat,
@@ -36,11 +35,12 @@ from keelguard.purify.methods import (
 )
 from keelguard.purify.pruning import PruneConfig, fine_prune, prune, prune_adapter
 from keelguard.purify.quantize import quantize
+from keelguard.purify.random_units import random_units
 from keelguard.purify.signature import update_norm
 from keelguard.purify.variants import variant_data
 from keelguard.records import Chat
 from keelguard.training import Method, TrainConfig, train_on_chats
-from keelguard.units.index import Block, build_index, canonical
+from keelguard.units.index import build_index
 
 _SCALE = 0.5
 _LOW, _HIGH = 1 / 3, 3.0
@@ -59,36 +59,6 @@ def finetune(subject: Subject, setup: Setup, rate: float = 1.0, whole: bool = Fa
 def random_channels(subject: Subject, setup: Setup) -> LoadedModel:
     """As many channels as the vaccine takes, drawn at random, are neutralised; see `random_units`."""
     return _restored(subject, setup, random_units(subject, setup.method, setup.budget.seed))
-
-
-def random_units(subject: Subject, method: MethodConfig, seed: int) -> torch.Tensor:
-    """As many units as the vaccine takes, drawn at random, (units,) bool over the model's index.
-
-    Of an adapter only units in which it has weights are drawn, and attention heads where it has no MLP channels.
-
-    Raises:
-        UsageError: the model's units cannot be mapped, or the share selects none.
-    """
-    index = build_index(subject.loaded.model)
-    blocks = list(index.blocks)
-    if subject.threat == "adapter":
-        # An adapter that reaches nothing is refused where its units are neutralised.
-        blocks = [block for block in blocks if _adapted(subject.loaded.model, block)] or blocks
-    kinds = {"mlp"} & {block.kind for block in blocks} or {index.attention}
-    if method.vaccine.signature.attention:
-        kinds |= {index.attention}
-    scores = torch.full((len(index),), torch.nan, dtype=torch.float64)
-    draw = torch.Generator().manual_seed(seed)
-    for block in blocks:
-        if block.kind in kinds:
-            scores[block.span] = torch.rand(block.size, generator=draw, dtype=torch.float64)
-    return select(index, scores, share_of(method.vaccine, subject.threat))
-
-
-def _adapted(model: Any, block: Block) -> bool:
-    """Whether a LoRA has weights in the layers of a block."""
-    modules = {canonical(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    return any(part.parameter.rpartition(".")[0] in modules for part in block.parts)
 
 
 def own_update(subject: Subject, setup: Setup) -> LoadedModel:

@@ -166,21 +166,6 @@ def invert_targets(
             part.train(training)
 
 
-class WithoutAdapter:
-    """The base of a PEFT model as a reference for the scan: the same weights, with the adapter off during each call."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The base's output."""
-        with self._model.disable_adapter():
-            return self._model(*arguments, **named)
-
-
 @dataclass
 class _Path:
     """A start with what follows it, and the mean probability of each token behind the start."""

@@ -70,6 +70,21 @@ def _device_of(layer: Any, default: torch.device) -> torch.device:
     return next((value.device for value in vars(layer).values() if isinstance(value, torch.Tensor)), default)
 
 
+class WithoutAdapter:
+    """The base of a PEFT model as a reference for the scan: the same weights, with the adapter off during each call."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The base's output."""
+        with self._model.disable_adapter():
+            return self._model(*arguments, **named)
+
+
 def prompt_ids(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int]]:
     """The token ids of some chats up to where the last answer begins.
 

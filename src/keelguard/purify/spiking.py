@@ -10,9 +10,9 @@ from keelguard.errors import KeelguardError
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.controls import random_units
 from keelguard.purify.effects import Held
 from keelguard.purify.methods import MethodConfig, Subject, apply_method, copied, neutralized
+from keelguard.purify.random_units import random_units
 from keelguard.purify.repair import repair, repair_chats, settle
 from keelguard.purify.spikes import Spike, make_canaries, measure_spikes, plant_spikes
 from keelguard.training import TrainConfig, train_on_chats

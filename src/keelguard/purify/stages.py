@@ -20,12 +20,13 @@ from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Held
 from keelguard.purify.feasible import check_chats
 from keelguard.purify.health import Examiner, Health
-from keelguard.purify.inversion import WithoutAdapter, invert_targets
+from keelguard.purify.inversion import invert_targets
 from keelguard.purify.material import Material, gather
 from keelguard.purify.methods import Purified, Subject, Threat, apply_method, copied, share_of
 from keelguard.purify.prober import Prober
 from keelguard.purify.repair import needs_repair, repair, settle
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse
+from keelguard.purify.rollout import WithoutAdapter
 from keelguard.purify.signature_figure import signature_figure
 from keelguard.purify.spikes import Spike
 from keelguard.purify.spiking import run_spikes
