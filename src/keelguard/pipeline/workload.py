@@ -81,6 +81,7 @@ def settings_of(config: HardenConfig, settings: CostSettings = _USUAL) -> CostSe
         rank=trained.lora_rank,
         purify_bf16=trained.bf16,
         purify_checkpointing=trained.gradient_checkpointing,
+        keep_rows=method.immunize.kept_per_step,
         search_rows=method.immunize.search.batch_size,
         searched=_searched(method.immunize.search),
         spike_steps=0 if spikes is None else spikes.steps,
