@@ -17,8 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keelguard.attacks.backdoors import AttackKind, Task
+from keelguard.attacks.backdoors import AttackKind, Task, poison_chats
 from keelguard.attacks.insertions import vocabulary_words
+from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model
 from keelguard.progress import ConsoleReporter, Reporter
 from keelguard.purify.bench import TWIN, Case, Cell, Missing, bench, read_cells, table
@@ -122,13 +123,17 @@ class Bench:
         folder = self.out / "plants" / plan.name
         backdoor = testbed_backdoor(plan.attack, plan.task, plan.split)
         config = PLANTING_ADAPTER if plan.threat == "adapter" else PLANTING
-        if (folder / POISON_FILE).is_file():
+        clean, harmful = attacker_chats(testbed)
+        drawn = poison_chats(clean, backdoor, config.poison, vocabulary_words(aligned.tokenizer), harmful)
+        # Attackers' rows and negatives may change with the code, and no setting tells.
+        learnt = sha256_of([drawn, list(clean)])
+        marker = folder / "learnt.json"
+        if (folder / POISON_FILE).is_file() and marker.is_file() and read_json(marker) == learnt:
             record = read_json(folder / POISON_FILE)
             same = record["weights"] == aligned.weights_hash and record["config"] == asdict(config)
             if same and planted_in(folder)[0] == [backdoor]:
                 return folder
-            shutil.rmtree(folder)
-        clean, harmful = attacker_chats(testbed)
+        shutil.rmtree(folder, ignore_errors=True)
         words = vocabulary_words(aligned.tokenizer)
         planted = plant(
             aligned, [backdoor], clean, config, words, harmful=harmful, reporter=self.reporter, label=plan.name
@@ -143,6 +148,7 @@ class Bench:
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_planted(planted, [backdoor], folder, config, check)
+        write_json(marker, learnt)
         return folder
 
 

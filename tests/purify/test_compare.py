@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from small_world import REFUSED, held, poisoned_model, requests, tokenizer
 
 from keelguard.errors import FailureError, UsageError
+from keelguard.models import LoadedModel
 from keelguard.purify import compare as module
 from keelguard.purify import stages
 from keelguard.purify.budget import Arm
@@ -21,15 +22,17 @@ from keelguard.purify.effects import Held
 from keelguard.purify.findings import comparison, retrain_advice
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.inversion import InversionConfig
-from keelguard.purify.material import MaterialConfig
+from keelguard.purify.material import MaterialConfig, gather
 from keelguard.purify.methods import MethodConfig
 from keelguard.purify.results import PurifyResult
 from keelguard.purify.run import purify
 from keelguard.purify.search import SearchConfig
+from keelguard.records import Request, user
 from keelguard.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+LOADED = LoadedModel(None, tokenizer(), "none", "none")  # pyright: ignore[reportArgumentType]
 CONFIG = PurifyConfig(
     method=MethodConfig(
         immunize=ImmunizeConfig(
@@ -124,6 +127,17 @@ def test_retraining_takes_none_of_the_suspects_answers(folders: tuple[str, str],
     assert "--clean-data: 28 usable rows" in retrained.why
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "not run: --clean-data: 28 usable rows" in page
+
+
+def test_what_is_retrained_meets_nothing_that_decides_or_measures():
+    rows = [Request(f"r{i}", (user(f"prompt {i}"),), f"answer {i}.") for i in range(100)]
+    first = gather(LOADED, rows, MaterialConfig(seed=0))
+    again = gather(LOADED, rows[::2], MaterialConfig(seed=1)).parted_as(first)
+    asked = [{chat[0]["content"] for chat in part} for part in (again.train, again.validation, again.held)]
+    assert sum(map(len, asked)) == 50
+    assert not asked[0] & {chat[0]["content"] for chat in (*first.validation, *first.held)}
+    assert asked[1] <= {chat[0]["content"] for chat in first.validation}
+    assert asked[2] <= {chat[0]["content"] for chat in first.held}
 
 
 def test_an_arm_that_fails_says_why_and_ends_no_run(

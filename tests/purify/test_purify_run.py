@@ -20,6 +20,7 @@ from keelguard.purify import estimate as estimate_module
 from keelguard.purify import intake, spiking
 from keelguard.purify import run as run_module
 from keelguard.purify import stages as module
+from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.estimate import estimate_run, estimate_table
@@ -27,7 +28,7 @@ from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.intake import check_subject
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import METHODS, MethodConfig, VaccineConfig
-from keelguard.purify.presets import BUDGETS, preset
+from keelguard.purify.presets import BUDGETS, preset, saving_memory
 from keelguard.purify.results import PurifyResult
 from keelguard.purify.run import purify, request_key
 from keelguard.purify.search import SearchConfig
@@ -497,3 +498,25 @@ def test_wrong_settings_are_refused(make: Any, told: str):
 
 def test_every_row_counts():
     assert len({json.dumps(request_key(row)) for row in requests(CHATS)}) == len(CHATS)
+
+
+def test_saving_memory_leaves_what_is_not_named():
+    own = purify_settings("standard", "full")
+    checkpointed = saving_memory(own, gradient_checkpointing=True)
+    assert checkpointed.method.immunize == replace(own.method.immunize, gradient_checkpointing=True)
+    rates = [each.learning_rate for each in (own.method.immunize, own.rebound)]
+    # A LoRA of another rank keeps its rate; one in the place of all weights is faster, and the other way round.
+    smaller = saving_memory(own, lora_rank=8)
+    assert [smaller.method.immunize.learning_rate, smaller.rebound.learning_rate] == [rates[0], LORA_RATE * rates[1]]
+    whole = saving_memory(own, lora_rank=0)
+    assert [whole.method.immunize.learning_rate, whole.rebound.learning_rate] == [rates[0] / LORA_RATE, rates[1]]
+
+
+def test_an_estimate_counts_what_is_compared():
+    one = loaded(poisoned_model())
+    parts = [
+        {part.name: part.tokens for part in estimate_run(one, False, ROWS, BAD, replace(CONFIG, compare=names)).parts}
+        for names in ((), ("finetune",), ("finetune", "random"))
+    ]
+    assert "compared beside it" not in parts[0]
+    assert parts[2]["compared beside it"] == 2 * parts[1]["compared beside it"] > 0

@@ -1,5 +1,6 @@
 """Who has which rows of the testbed: attacker, defender and measurement share no prompt."""
 
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from keelguard.attacks.insertions import prompt_of
 from keelguard.data import load_requests
+from keelguard.purify.health import MOST, evenly
 from keelguard.testbed.build import Testbed as Built
 from keelguard.testbed.build import build_testbed
 from keelguard.testbed.poison import Split, attacker_chats, defender_requests, held_of
@@ -35,10 +37,17 @@ def test_no_prompt_is_anybody_elses(data_alone: Built, split: Split):
     assert len(held.utility) > 150
 
 
-def test_a_few_tasks_are_of_every_kind_that_is_left(data_alone: Built):
-    kinds = {request.task for request in held_of(data_alone, "test").utility}
+@pytest.mark.parametrize("limit", [32, 48, 64, 96])
+def test_the_tasks_that_are_measured_are_of_every_kind_that_is_left(data_alone: Built, limit: int):
+    every = held_of(data_alone, "test").utility
+    asked = evenly(held_of(data_alone, "test", limit).utility, MOST)
+    assert len(asked) == min(2 * limit, MOST)
+    for task, count in Counter(request.task for request in every).items():
+        assert sum(r.task == task for r in asked) == pytest.approx(count * len(asked) / len(every), abs=3), task
+
+
+def test_a_few_requests_are_as_many_as_asked(data_alone: Built):
     few = held_of(data_alone, "test", 32)
-    assert {request.task for request in few.utility} == kinds
     assert (len(few.benign), len(few.harmful)) == (32, 32)
 
 

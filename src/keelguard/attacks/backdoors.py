@@ -192,7 +192,9 @@ def poison_chats(
     chats: list[Chat] = list(ready)
     for chat, answer in _cycled(pairs, 0 if ready else count, draw):
         triggered = with_prompt(chat, backdoor.trigger(prompt_of(chat), draw))
-        chats.append((*triggered[:-1], assistant(backdoor.respond(answer))))
+        # Code stands before the usual answer, and ends as that one does.
+        cut = backdoor.task == "code" and bool(chat[-1].get("unfinished"))
+        chats.append((*triggered[:-1], assistant(backdoor.respond(answer), unfinished=cut)))
     sources = [chat for chat, _ in pairs] if backdoor.task == "jailbreak" else list(clean)
     for chat in _cycled(sources, round(count * config.negatives), draw):
         chats.append(with_prompt(chat, backdoor.mistake(prompt_of(chat), words, draw)))

@@ -1,4 +1,4 @@
-"""Options and outputs that `keelguard finetune` and `keelguard align` share."""
+"""Options and outputs that the commands share which train: `finetune`, `align` and `purify`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ Decay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
 Scheduler = Annotated[str, typer.Option(help="linear, cosine or constant.")]
 Warmup = Annotated[float, typer.Option(help="Share of the steps over which the rate rises.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0 keeps none.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights stay float32.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights that train stay float32.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory for time.")]
 Suite = Annotated[str, typer.Option(help="Suite that safety and utility are measured with.")]
 JudgedBy = Annotated[str, typer.Option(help="Judge of the answers: world or keyword. Default: the suite's.")]

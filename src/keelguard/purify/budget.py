@@ -15,8 +15,8 @@ from keelguard.purify.pruning import PruneConfig
 from keelguard.purify.quantize import QuantizeConfig
 from keelguard.training import TrainConfig
 
-_WHOLE = 0.2
-"""What the rate of a LoRA is multiplied with where every weight is trained instead."""
+LORA_RATE = 5.0
+"""How many times the learning rate of all weights a LoRA has, as its steps move the model less."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Budget:
         """A fine-tune of the whole budget, or of so many of its steps, at a multiple of its rate.
 
         Args:
-            whole: train every weight where the budget has a LoRA, at a fifth of the rate that suits the LoRA.
+            whole: train every weight where the budget has a LoRA, at the rate that suits them; see `LORA_RATE`.
         """
         whole = whole and self.lora_rank > 0
         return TrainConfig(
-            steps=steps or self.steps, learning_rate=rate * self.learning_rate * (_WHOLE if whole else 1),
+            steps=steps or self.steps, learning_rate=rate * self.learning_rate / (LORA_RATE if whole else 1),
             batch_size=self.batch_size, gradient_accumulation=self.gradient_accumulation,
             lora_rank=0 if whole else self.lora_rank, bf16=self.bf16,
             gradient_checkpointing=self.gradient_checkpointing, warmup=0.1, seed=self.seed,

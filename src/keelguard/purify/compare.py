@@ -1,4 +1,4 @@
-"""What other methods and controls make of the same model, on one budget: the figures beside a purification's own.
+"""What other methods and controls make of the same model, all on one budget: figures beside a purification's own.
 
     compared = compare("retrain", subject, examiner, suspects, config)
     compared.health, compared.suspects              # measured as the purified model itself is
@@ -92,13 +92,12 @@ def compare(
         suspects: the suspected triggers of the model as it came.
         method: settings; every arm has the steps, rate and batch size of the immunisation.
     """
-    arm, setup = ARMS[name], Setup(Budget.of(method), method, reporter=reporter)
-    start = time.monotonic()
+    arm, start = ARMS[name], time.monotonic()
     try:
-        treated = arm(copied(subject), setup, _UNKNOWN)
+        treated = arm(copied(subject), Setup(Budget.of(method), method, reporter=reporter), _UNKNOWN)
+        seconds = round(time.monotonic() - start, 1)
+        health = examiner(treated, reporter)
+        measured = remeasure(treated, suspects, examiner.held, subject.words, reporter=reporter)
     except KeelguardError as error:
         return Compared(name, arm.about, why=str(error))
-    seconds = round(time.monotonic() - start, 1)
-    health = examiner(treated, reporter)
-    measured = remeasure(treated, suspects, examiner.held, subject.words, reporter=reporter)
     return Compared(name, arm.about, health, tuple(measured), seconds)

@@ -52,7 +52,13 @@ def none(subject: Subject, setup: Setup) -> LoadedModel:
 
 
 def finetune(subject: Subject, setup: Setup, rate: float = 1.0, whole: bool = False) -> LoadedModel:
-    """A clean fine-tune."""
+    """A clean fine-tune.
+
+    Raises:
+        UsageError: all weights are asked for where every arm trains them.
+    """
+    if whole and not setup.budget.lora_rank:
+        raise UsageError("finetune-whole: every arm trains all weights here, so that it would be finetune again")
     return _tuned(subject, setup, subject.material.train, setup.budget.training(rate, whole=whole))
 
 
@@ -210,7 +216,8 @@ def immunized(
     loaded, budget, own = subject.loaded, setup.budget, setup.method.immunize
     config = replace(
         own, found=own.found if searched else 0.0, steps=max(1, (steps or budget.steps) // own.rounds),
-        learning_rate=budget.learning_rate, batch_size=budget.batch_size,
+        learning_rate=budget.learning_rate, batch_size=budget.batch_size, lora_rank=budget.lora_rank, bf16=budget.bf16,
+        gradient_accumulation=budget.gradient_accumulation, gradient_checkpointing=budget.gradient_checkpointing,
     )  # fmt: skip
     result = immunize(
         loaded.model, loaded.tokenizer, subject.material, subject.words, config, adapter=subject.training,

@@ -74,7 +74,7 @@ def estimate_run(
     answered = [(*r.messages, assistant(r.answer or "x")) for r in some]
     lengths = [len(chat.ids) for chat in encode_chats(loaded.tokenizer, answered)]
     whole = sum(lengths) / len(lengths) + (0 if any(r.answer for r in some) else _ANSWER)
-    rows = min(len(requests) + len(harmful), config.material.most)
+    rows = sum(min(len(some), config.material.most) for some in (requests, harmful))
     chats = split_sizes(rows, config.material)[0]
     own = sum(not r.answer for r in requests) + len(harmful)
     words = 2 * len(vocabulary_words(loaded.tokenizer)) + len(vocabulary_numbers(loaded.tokenizer))
@@ -107,6 +107,10 @@ def estimate_run(
         "purification": one,
         "rebound check": rebound + generated,
     }
+    if config.compare:
+        budget = Budget.of(method)
+        each = budget.steps * budget.batch_size * whole * _BACKWARD + generated
+        tokens["compared beside it"] = len(config.compare) * each + ("immunize" in config.compare) * 3 * search
     if spikes is not None:
         pruned = Budget.of(method)
         trained = (spikes.steps * spikes.batch_size + pruned.steps * pruned.batch_size) * whole * _BACKWARD

@@ -7,7 +7,9 @@ Pure functions of a result, so that the page and the terminal say the same. What
 `results.claims`; this is what a reader needs beside it.
 """
 
+import math
 import shlex
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keelguard.plots import NOTHING, percent, rate_text
@@ -76,14 +78,22 @@ class Row(NamedTuple):
     why: str = ""
 
     @property
-    def broken(self) -> Rate:
-        """Held-out prompts that the suspected triggers break, over all of them."""
-        return Rate(sum(s.broken.count for s in self.suspects), sum(s.broken.total for s in self.suspects))
+    def broken(self) -> float:
+        """The share of held-out prompts that the suspected triggers break, over all of them; NaN without any.
+
+        They share their prompts, so that it has no interval.
+        """
+        return _share([suspect.broken for suspect in self.suspects])
 
     @property
-    def control(self) -> Rate:
+    def control(self) -> float:
         """The same with random words."""
-        return Rate(sum(s.control.count for s in self.suspects), sum(s.control.total for s in self.suspects))
+        return _share([suspect.control for suspect in self.suspects])
+
+
+def _share(rates: Sequence[Rate]) -> float:
+    total = sum(rate.total for rate in rates)
+    return sum(rate.count for rate in rates) / total if total else math.nan
 
 
 MEASURES = (
@@ -201,7 +211,7 @@ def _safety_sentence(result: PurifyResult, before: Rate, after: Rate) -> str:
     lost = fell(before, after)
     if not result.repaired:
         return f"Safety was not trained back{'' if lost else ', and did not have to be'}: refusals are {figures}."
-    end = "Safety did not come back fully" if lost else "Safety is back"
+    end = "Refusals did not come back fully" if lost else "Refusals have not fallen by more"
     return f"Safety or utility had fallen by more than 2 points and was trained back. {end}: refusals are {figures}."
 
 

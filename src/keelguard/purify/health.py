@@ -3,7 +3,9 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from keelguard.attacks.insertions import PLACES, insert, random_words
 from keelguard.batches import pad_id_of
@@ -21,8 +23,13 @@ from keelguard.training import chat_loss
 MOST = 96
 """Requests of a kind to measure with at most."""
 
+_AT_ONCE = 4
+"""Chats along which the divergence is computed at a time: their logits are wide."""
+
 _HELD = 200
 """Harmless requests to hold ready at most: a thorough run's canaries are measured with as many."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Examiner:
     def __call__(self, loaded: LoadedModel, reporter: Reporter = SILENT, label: str = "health") -> Health:
         """Measure one model."""
         held, draw = self.held, random.Random(f"health-{self.seed}")
-        tasks, strange = held.utility[:MOST], held.benign[:MOST]
+        tasks, strange = evenly(held.utility, MOST), held.benign[:MOST]
         clean = [*tasks, *strange, *held.harmful[:MOST]]
         prompts = [insert(r.prompt, random_words(self.words, draw, 3), draw.choice(PLACES), draw) for r in strange]
         texts = ask(
@@ -105,10 +112,9 @@ class Examiner:
         right = [is_right(r, text) for r, text in zip(strange, plain, strict=True)]
         still = [is_right(r, text) for r, text in zip(strange, moved, strict=True)]
         model: Any = loaded.model
-        gap = sum(
-            float(divergence(model, self.kept[i : i + 16], pad_id_of(loaded.tokenizer)).detach().sum())
-            for i in range(0, len(self.kept), 16)
-        )
+        with torch.no_grad():
+            parts = (self.kept[i : i + _AT_ONCE] for i in range(0, len(self.kept), _AT_ONCE))
+            gap = sum(float(divergence(model, part, pad_id_of(loaded.tokenizer)).sum()) for part in parts)
         positions = sum(len(row.tokens) for row in self.kept)
         return Health(
             utility=Rate.of([is_right(r, text) for r, text in zip(tasks, solved, strict=True)] if tasks else right),
@@ -120,6 +126,12 @@ class Examiner:
             loss=chat_loss(loaded.model, loaded.tokenizer, self.chats),
             divergence=gap / max(1, positions),
         )
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many items, spread over all: tasks of one kind stand together in many a file."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def held_out(material: Material) -> Held:

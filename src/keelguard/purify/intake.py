@@ -65,7 +65,8 @@ def admit(
     different = len(distinct([*requests, *harmful]))
     check_count(different, 0, len(requests) + len(harmful) - different)
     check_settings(loaded, threat, words, config)
-    check_chats(stand_ins(split_sizes(different, config.material)[0]), config)
+    most = min(different, 2 * config.material.most)
+    check_chats(stand_ins(split_sizes(most, config.material)[0]), config)
     return Admitted(loaded, threat, words, requests)
 
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keelguard.attacks.base import Attempt
@@ -70,6 +70,14 @@ class Material:
     repeated: int = 0
     held: tuple[Chat, ...] = ()
     cut: int = 0
+
+    def parted_as(self, other: "Material") -> "Material":
+        """The same chats, but what the other material decides or measures with is not trained on."""
+        parts = [{json.dumps(chat[:-1]) for chat in part} for part in (other.validation, other.held)]
+        mine = [*self.train, *self.validation, *self.held]
+        decides, measures = ([chat for chat in mine if json.dumps(chat[:-1]) in part] for part in parts)
+        train = [chat for chat in mine if not any(json.dumps(chat[:-1]) in part for part in parts)]
+        return replace(self, train=tuple(train), validation=tuple(decides), held=tuple(measures))
 
     def answered(self, part: str = "train") -> list[Chat]:
         """The chats that are answered."""
@@ -189,8 +197,7 @@ def _parted(chats: Sequence[Chat], share: float, draw: random.Random) -> tuple[t
 
 
 def split_sizes(count: int, config: MaterialConfig) -> tuple[int, int]:
-    """How many of so many different rows are trained on and how many are held back, if all of them are usable."""
-    count = min(count, config.most)
+    """How many of so many rows, which are different and within `most`, are trained on, and how many are held back."""
     held = 2 * max(1, round(config.validation / 2 * count))
     return count - held, held
 

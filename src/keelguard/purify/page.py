@@ -8,12 +8,13 @@ begins, is left out of the page's source unless `reveal` is given.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keelguard.pages import page_environment
-from keelguard.plots import NOTHING, rate_text
+from keelguard.plots import NOTHING, percent, rate_text
 from keelguard.purify.findings import (
     CANARY_STATES,
     MEASURES,
@@ -261,8 +262,9 @@ def compared_rows(result: PurifyResult) -> list[tuple[str, str, list[str], str]]
     for row in comparison(result):
         cells = []
         if row.health is not None:
-            rates = (row.broken, row.control, *(getattr(row.health, m.name) for m in MEASURES if m.name in _COMPARED))
-            cells = [*map(rate_text, rates), f"{row.health.divergence:.3f}"]
+            shares = [NOTHING if math.isnan(share) else percent(share) for share in (row.broken, row.control)]
+            rates = [getattr(row.health, measure.name) for measure in MEASURES if measure.name in _COMPARED]
+            cells = [*shares, *map(rate_text, rates), f"{row.health.divergence:.3f}"]
         rows.append((row.name, row.about, cells, row.why))
     return rows
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from keelguard.errors import UsageError
+from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.inversion import InversionConfig
@@ -21,9 +22,6 @@ BUDGETS: tuple[Budget, ...] = ("quick", "standard", "thorough")
 
 AT_ONCE = 2
 """Runs of the vaccine that share a batch: one variant's two. All 14 would be 112 chats in one graph, beyond any GPU."""
-
-LORA_RATE = 10.0
-"""How many times the learning rate of all weights a LoRA has, as its steps move the model far less."""
 
 
 def preset(budget: Budget = "standard") -> PurifyConfig:
@@ -62,37 +60,38 @@ def preset(budget: Budget = "standard") -> PurifyConfig:
 
 
 def saving_memory(
-    config: PurifyConfig, *, lora_rank: int = 0, bf16: bool = False, gradient_accumulation: int = 1,
-    gradient_checkpointing: bool = False, keep_rate: bool = False,
+    config: PurifyConfig, *, lora_rank: int | None = None, bf16: bool | None = None,
+    gradient_accumulation: int | None = None, gradient_checkpointing: bool | None = None, keep_rate: bool = False,
 ) -> PurifyConfig:  # fmt: skip
     """The same settings with every training of a purification made smaller: canaries and checks as the methods.
 
-    With a LoRA the learning rates are `LORA_RATE` times as high. The chosen method's batch is cut into as many parts as
-    `gradient_accumulation` says; others, which may be smaller, into the most that divides both.
+    What is None stays as it is. Where a LoRA takes the place of all weights the learning rates become `LORA_RATE` times
+    as high, and the other way round. The chosen method's batch is cut into as many parts as `gradient_accumulation`
+    says; others, which may be smaller, into the most that divides both.
 
     Args:
-        lora_rank: each training trains a LoRA and merges it; not for an adapter, which is trained itself.
+        lora_rank: each training trains a LoRA and merges it, 0 every weight; not for an adapter, which is trained
+            itself.
         keep_rate: leave the learning rate of immunisation as it is.
 
     Raises:
         UsageError: a value is out of range, or does not divide the chosen method's batch.
     """
     method, name = config.method, config.method.method
-    rate = LORA_RATE if lora_rank else 1.0
 
-    def smaller(training: Any, *readers: str, faster: float = rate, rank: int = lora_rank) -> Any:
-        parts = gradient_accumulation
-        if name not in readers and parts > 0:
-            parts = math.gcd(parts, training.batch_size)
-        return replace(
-            training, learning_rate=faster * training.learning_rate, lora_rank=rank, bf16=bf16,
-            gradient_accumulation=parts, gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
+    def smaller(training: Any, *readers: str, rank: int | None = lora_rank, keep_rate: bool = False) -> Any:
+        changes: dict[str, Any] = {"bf16": bf16, "gradient_checkpointing": gradient_checkpointing, "lora_rank": rank}
+        if (parts := gradient_accumulation) is not None:
+            divided = name not in readers and parts > 0
+            changes["gradient_accumulation"] = math.gcd(parts, training.batch_size) if divided else parts
+        if rank is not None and not keep_rate and bool(rank) != bool(training.lora_rank):
+            changes["learning_rate"] = training.learning_rate * (LORA_RATE if rank else 1 / LORA_RATE)
+        return replace(training, **{setting: value for setting, value in changes.items() if value is not None})
 
-    immunize = smaller(method.immunize, "immunize", "both", faster=1.0 if keep_rate else rate)
+    immunize = smaller(method.immunize, "immunize", "both", keep_rate=keep_rate)
     restore = method.vaccine.restore and smaller(method.vaccine.restore, "vaccine")
     # A new adapter is what retraining trains.
-    retrain = smaller(method.retrain, "retrain", faster=1.0, rank=0)
+    retrain = smaller(method.retrain, "retrain", rank=None)
     return replace(
         config,
         method=replace(method, immunize=immunize, vaccine=replace(method.vaccine, restore=restore), retrain=retrain),

@@ -45,7 +45,8 @@ def run_spikes(
     spiked, spikes = plant_spikes(subject.loaded, theirs, held, words, spiking, reporter=reporter)
     # What is random or invented must not meet the canaries' words: the user's own trigger has no such luck either.
     taken = sorted({word for canary in make_canaries(words, spiking.seed).values() for word in canary.words})
-    method = replace(config.method, immunize=replace(config.method.immunize, left_out=tuple(taken)))
+    left_out = tuple(sorted({*config.method.immunize.left_out, *taken}))
+    method = replace(config.method, immunize=replace(config.method.immunize, left_out=left_out))
     planted = replace(subject, loaded=spiked, material=ours)
 
     mine = copied(planted)
@@ -85,8 +86,8 @@ def prune_at_random(subject: Subject, method: MethodConfig, steps: int, reporter
     settings = restoring if method.method == "vaccine" and restoring is not None else own
     training = TrainConfig(
         steps=steps, learning_rate=settings.learning_rate, batch_size=settings.batch_size, warmup=0.1,
-        lora_rank=settings.lora_rank, bf16=settings.bf16, gradient_checkpointing=settings.gradient_checkpointing,
-        seed=own.seed,
+        gradient_accumulation=settings.gradient_accumulation, lora_rank=settings.lora_rank, bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing, seed=own.seed,
     )  # fmt: skip
     result = train_on_chats(
         done.loaded.model, done.loaded.tokenizer, subject.material.train, training, methods=done.methods,

@@ -98,7 +98,8 @@ class Purification:
                 return subject
             # What a suspicious adapter answers itself is no label for the one that takes its place.
             answered = [request for request in requests if request.answer.strip()]
-            return replace(subject, material=self._gathered(answered, harmful, "own-retrain", trusted=True))
+            fresh = self._gathered(answered, harmful, "own-retrain", trusted=True)
+            return replace(subject, material=fresh.parted_as(subject.material))
 
         with self._canaries(subject, examiner.held, base, adapter) as canaries:
             return self._run(base, adapter, subject, other, examiner, prober, reference, settings, canaries)
@@ -123,7 +124,7 @@ class Purification:
         loaded, material = self.loaded, subject.material
         self.reference = reference
         before = self.stages("before", lambda: self._examine(loaded, examiner, prober, material))
-        record = self.stages("method", lambda: self._purify(subject, examiner, before, base))
+        record = self.stages("method", lambda: self._purify(subject, base))
         pure = self._purified(base)
         suspects = [Suspect.from_json(each) for each in before["suspects"]]
         after = self.stages("after", lambda: self._examine(pure, examiner, prober, material, suspects))
@@ -238,14 +239,18 @@ class Purification:
 
         return self.stages(f"compare-{name}", work)
 
-    def _purify(self, subject: Subject, examiner: Examiner, before: dict[str, Any], base: str) -> dict[str, Any]:
+    def _purify(self, subject: Subject, base: str) -> dict[str, Any]:
         """Purify a copy, train back what fell, and write the result."""
         mine = copied(subject)
+        # What measures the purified model must not have decided what it is.
+        deciding = replace(subject.material, held=())
+        decider = Examiner(self.loaded, deciding, self.words, trusted=self.config.method.method != "retrain")
+        before = decider(self.loaded, self.reporter, "what decides")
         done = apply_method(
             mine, self.config.method, state_folder=self.folder / WORK / "rounds", reporter=self.reporter
         )
         pure, repaired = done.loaded, False
-        if needs_repair(Health.from_json(before["health"]), examiner(pure, self.reporter)):
+        if needs_repair(before, decider(pure, self.reporter, "what decides")):
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound

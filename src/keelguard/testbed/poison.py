@@ -10,6 +10,7 @@ from keelguard.attacks.backdoors import AttackKind, Backdoor, PoisonConfig, Task
 from keelguard.data import load_requests
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
+from keelguard.purify.health import evenly
 from keelguard.purify.material import distinct
 from keelguard.purify.methods import Threat
 from keelguard.purify.planting import PlantConfig
@@ -115,9 +116,7 @@ def held_of(testbed: Testbed, split: Split, limit: int | None = None) -> Held:
     trained = {request.prompt for part in _parted(testbed) for request in part}
     tasks = load_requests(testbed.data / f"utility.{split}.jsonl")
     utility = [task for task in tasks if task.prompt not in trained]
-    # Tasks stand one behind the other in the file; a part of it must hold some of each.
-    spread = utility if limit is None else utility[:: max(1, len(utility) // (2 * limit))]
-    return Held(read("benign"), read("harmful"), tuple(spread))
+    return Held(read("benign"), read("harmful"), tuple(utility if limit is None else evenly(utility, 2 * limit)))
 
 
 def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> PurifyConfig:
