@@ -85,7 +85,8 @@ def test_the_figures_of_other_methods_stand_beside_a_purification(
     assert PurifyResult.from_json(json.loads(json.dumps(result.to_json()))) == result
     rows = comparison(result)
     assert [row.name for row in rows] == ["as it came", "immunize (this run)", "retrain", "finetune"]
-    assert rows[0].broken.total == sum(course.before.broken.total for course in result.suspects)
+    first = [course.before.broken for course in result.suspects]
+    assert rows[0].broken == sum(rate.count for rate in first) / sum(rate.total for rate in first)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Other methods and controls" in page
     assert ARMS["retrain"].about in page
