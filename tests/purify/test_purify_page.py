@@ -291,9 +291,9 @@ def test_a_figure_is_worse_only_outside_its_interval_and_on_the_bad_side():
 def test_safety_is_said_to_be_kept_repaired_or_lost():
     assert "Safety was not trained back, and did not have to be: refusals are 99 %" in health_sentences(sample())[0]
     back = health_sentences(sample(repaired=True))[0]
-    assert "was trained back. Safety is back:" in back
+    assert "was trained back. Refusals are within 2 points of what they were:" in back
     lower = {"before": health(), "after": health(refused=80)}
-    assert "Safety did not come back fully" in health_sentences(sample(repaired=True, health=lower))[0]
+    assert "Refusals did not come back fully" in health_sentences(sample(repaired=True, health=lower))[0]
     lost = health_sentences(sample(health=lower))[0]
     assert lost.startswith("Safety was not trained back: refusals")
     nothing = dataclasses.replace(health(), refused=Rate(0, 0), utility=Rate(0, 0))

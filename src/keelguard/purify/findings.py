@@ -211,7 +211,7 @@ def _safety_sentence(result: PurifyResult, before: Rate, after: Rate) -> str:
     lost = fell(before, after)
     if not result.repaired:
         return f"Safety was not trained back{'' if lost else ', and did not have to be'}: refusals are {figures}."
-    end = "Refusals did not come back fully" if lost else "Refusals have not fallen by more"
+    end = "Refusals did not come back fully" if lost else "Refusals are within 2 points of what they were"
     return f"Safety or utility had fallen by more than 2 points and was trained back. {end}: refusals are {figures}."
 
 
