@@ -33,7 +33,7 @@ def room_for(tiny: Tiny, rows: int, error: Exception = CUDA):
     forward, seen = tiny.model.forward, []
 
     def limited(*arguments: Any, **named: Any) -> Any:
-        given = named.get("input_ids", named.get("inputs_embeds"))
+        given: Any = named.get("input_ids", named.get("inputs_embeds"))
         seen.append(tuple(given.shape[:2]))
         if len(given) > rows:
             raise error

@@ -77,8 +77,8 @@ def effect(fired: int, total: int = 64) -> Effect:
 
 def spike(kind: str, before: int, after: int | None, rebound: int | None = None) -> Spike:
     backdoor = Backdoor("badnets", "insult", ("copper",), "no")
-    later = [None if count is None else effect(count) for count in (after, rebound)]
-    return Spike(kind, backdoor, effect(before), *later)
+    later, back = (None if count is None else effect(count) for count in (after, rebound))
+    return Spike(kind, backdoor, effect(before), later, back)
 
 
 def canaries(*spikes: Spike, **changes):

@@ -108,7 +108,8 @@ def test_settings_that_a_model_cannot_be_given(
 
 def test_what_the_remedies_name_is_taken():
     one = loaded(poisoned_model())
-    for changes in ({"count": 11, "source": "default"}, {"share": 0.0125}, {"share": 0.9875}):
+    fine: list[dict[str, Any]] = [{"count": 11, "source": "default"}, {"share": 0.0125}, {"share": 0.9875}]
+    for changes in fine:
         check_settings(one, "full", words(), config_of(**changes))
     biased = loaded(build_model("llama", len(tokenizer()), mlp_bias=True))
     check_settings(biased, "full", words(), config_of(how="mean"))
