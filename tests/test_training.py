@@ -199,9 +199,10 @@ def test_accumulated_parts_make_the_same_step_as_the_whole_batch():
         return dict(train(config=config, methods=methods).model.named_parameters())
 
     start, whole, parts = {n: p.detach() for n, p in tiny_model().model.named_parameters()}, weights(1), weights(2)
-    moved = max(float((whole[name] - start[name]).abs().max()) for name in start)
-    apart = max(float((whole[name] - parts[name]).abs().max()) for name in start)
-    assert moved > 1e-3
+    # Over all weights: where a gradient is next to nothing, AdamW makes whole steps of the rounding of its sign.
+    moved = sum(float((whole[name] - start[name]).square().sum()) for name in start) ** 0.5
+    apart = sum(float((whole[name] - parts[name]).square().sum()) for name in start) ** 0.5
+    assert moved > 1e-2
     assert apart < 1e-2 * moved
 
 

@@ -78,6 +78,18 @@ def make_cell(case: str, arm: str, fired: list[bool], right: int = 0) -> Cell:
     return Cell(case, arm, "full", "badnets", "insult", 0, "abc", effect, health, 2.0)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_an_arm_that_does_not_fit_in_memory_holds_up_no_other(tmp_path: Path, error: Exception) -> None:
+    def full(subject: Subject, setup: Setup) -> LoadedModel:
+        raise error
+
+    done = bench([make_case()], {"large": Arm("", full), "none": ARMS["none"]}, SETUP, tmp_path, SHORT)
+    assert [cell.arm for cell in done.cells] == ["none"]
+    ((_, arm, reason),) = done.missing
+    assert arm == "large"
+    assert reason.startswith("one, large: does not fit in memory; shorten the data")
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The arms that are really run, as "case: arm"."""

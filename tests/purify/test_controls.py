@@ -48,7 +48,7 @@ METHOD = MethodConfig(
 SETUP = Setup(BUDGET, METHOD).leaving_out(BACKDOOR.words)
 UNTRAINED = {"none", "magnitude", "wanda", "quantize", "vaccine-bare", "drop", "scale"}
 RATES = {"finetune-low": 1e-3 / 3, "finetune-high": 3e-3, "retrain": MethodConfig().retrain.learning_rate}
-PAIRS = [(threat, name) for threat in ("full", "adapter") for name in arms_for(threat)]
+PAIRS = [(threat, name) for threat in ("full", "adapter") for name in arms_for(threat) if name != "finetune-whole"]
 
 
 def make_subject(threat: Threat) -> Subject:
@@ -117,6 +117,11 @@ def test_an_arm_runs_on_the_budget_and_changes_the_model(
         assert all(torch.equal(value, before[each]) for each, value in after.items() if "lora_" not in each)
     untouched = values(SUBJECTS[threat].loaded.model)
     assert all(torch.equal(value, before[each]) for each, value in untouched.items())
+
+
+def test_every_weight_is_not_trained_twice() -> None:
+    with pytest.raises(UsageError, match="finetune-whole: every arm trains all weights here"):
+        ARMS["finetune-whole"](copied(SUBJECTS["full"]), SETUP, BACKDOOR)
 
 
 WHOLE = {"finetune-whole", "magnitude-finetune", "wanda-finetune"}

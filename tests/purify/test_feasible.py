@@ -147,23 +147,23 @@ def test_a_file_of_too_few_variants(folders: Folders, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("nothing_runs")
-@pytest.mark.parametrize(("spikes", "most"), [(None, 42), (SPIKES, 21)])
+@pytest.mark.parametrize(("spikes", "most"), [(None, 40), (SPIKES, 20)])
 def test_more_variants_than_chats(spikes: SpikeConfig | None, most: int, folders: Folders, tmp_path: Path):
     config = config_of(count=most + 1, source=variants_file(tmp_path, 60), spikes=spikes)
-    told = f"--count {most + 1}: the vaccine has 42 clean chats to train on"
+    told = f"--count {most + 1}: the vaccine has 40 clean chats to train on"
     refused(told, str(folders.model), tmp_path / "run", config)
-    check_chats(stand_ins(42), config_of(count=most, spikes=spikes))
+    check_chats(stand_ins(40), config_of(count=most, spikes=spikes))
     with pytest.raises(UsageError, match=f"give --count {most} or less, or more rows with --clean-data"):
-        check_chats(stand_ins(42), config_of(count=most + 1, spikes=spikes))
+        check_chats(stand_ins(40), config_of(count=most + 1, spikes=spikes))
 
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_too_few_chats_to_restore_with(folders: Folders, tmp_path: Path):
     large = RestoreConfig(batch_size=24)
-    check_chats(stand_ins(42), config_of(restore=large))
-    told = "--clean-data: restoration: 21 clean chats"
+    check_chats(stand_ins(40), config_of(restore=large))
+    told = "--clean-data: restoration: 20 clean chats"
     refused(told, str(folders.model), tmp_path / "run", config_of(restore=large, spikes=SPIKES))
-    check_chats(stand_ins(42), config_of(restore=None, spikes=SPIKES))
+    check_chats(stand_ins(40), config_of(restore=None, spikes=SPIKES))
 
 
 def test_rows_that_turn_out_useless_are_not_counted(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -172,7 +172,7 @@ def test_rows_that_turn_out_useless_are_not_counted(folders: Folders, tmp_path: 
     config = config_of(count=44, source=variants_file(tmp_path, 60))
     bad = (*requests()[44:], *requests(REFUSED, "harmful")[:6])
     admit(load_model, str(folders.model), None, ROWS, bad, config)
-    with pytest.raises(UsageError, match="--count 44: the vaccine has 42 clean chats"):
+    with pytest.raises(UsageError, match="--count 44: the vaccine has 40 clean chats"):
         purify(str(folders.model), ROWS, config, tmp_path / "run", harmful=bad, held=FEW)
     assert not (tmp_path / "run").exists()
 
