@@ -243,8 +243,8 @@ def effect(count: int, total: int = 200) -> Effect:
 
 
 def spike(before: int, after: int | None, rebound: int | None = None, kind: str = "a word") -> Spike:
-    later = [None if count is None else effect(count) for count in (after, rebound)]
-    return Spike(kind, BACKDOOR, effect(before), *later)
+    later, last = [None if count is None else effect(count) for count in (after, rebound)]
+    return Spike(kind, BACKDOOR, effect(before), later, last)
 
 
 def suspect(broken: int, control: int = 1) -> Suspect:
