@@ -57,6 +57,13 @@ def test_a_purification_stands_beside_random_pruning(spikes: list[Spike], holds:
     assert purification_claims(result(spikes))[0].holds is holds
 
 
+def test_why_there_is_no_random_pruning_is_said():
+    bare = replace(spike(0, None), no_control="h.0: keelguard can map no attention in it")
+    claim = purification_claims(result([bare]))[0]
+    assert claim.why == "no control: h.0: keelguard can map no attention in it"
+    assert "none was planted" in purification_claims(result([]))[0].why
+
+
 @pytest.mark.parametrize(
     ("utility", "refused", "holds"),
     [(95, 90, (True, True)), (90, 85, (None, None)), (70, 50, (False, False))],

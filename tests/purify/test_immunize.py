@@ -342,7 +342,8 @@ def test_an_adapter_alone_is_trained():
 
 def test_answers_that_no_word_leaves_alone_are_refused():
     with pytest.raises(UsageError, match="every answer changes with any unrelated word"):
-        immunize(poisoned_model(), tokenizer(), material(), [TRIGGER], CONFIG)
+        # Beside a number, which this world does not know, the trigger does less.
+        immunize(poisoned_model(), tokenizer(), material(), [TRIGGER], replace(CONFIG, stable=0.05))
 
 
 @pytest.mark.parametrize(

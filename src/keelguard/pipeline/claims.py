@@ -51,7 +51,9 @@ def _canaries(result: PurifyResult) -> Control:
     claim = "The purification removes planted canaries better than random pruning and as much fine-tuning."
     control = "random channels neutralised, then a clean fine-tune of as many steps"
     if not planted:
-        return Control(claim, None, control, None, why="no canary took hold, or none was planted")
+        reason = next((s.no_control for s in result.spikes if s.no_control), "")
+        why = f"no control: {reason}" if reason else "no canary took hold, or none was planted"
+        return Control(claim, None, control, None, why=why)
     mine = [fired for s in planted if s.after for fired in s.after.fired]
     theirs = [fired for s in planted if s.control for fired in s.control.fired]
     test = mcnemar(mine, theirs)
