@@ -37,6 +37,10 @@ _CANARIES, _STATES = 3, 4
 """Canaries, and how often each is measured: planted, behind random pruning, purified, and after a fine-tune."""
 
 
+_TIMED = 32
+"""Rows of the pass that is timed; a small model reads far more tokens a second in a large batch."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One stage: what it reads in tokens (forward passes' worth), and the seconds that takes."""
@@ -154,8 +158,11 @@ def estimate_table(estimate: Estimate) -> str:
     """The estimate as lines of text."""
     lines = [f"{part.name:<18} {_time(part.seconds):>10}" for part in estimate.parts]
     lines.append(f"{'in all, about':<18} {_time(estimate.seconds):>10}")
-    lines.append(f"memory for weights and optimiser: {estimate.memory / 2**30:.1f} GiB; activations come on top")
-    lines.append("A rough estimate; encoding and the models' loading come on top. Nothing was changed or written.")
+    lines.append(f"memory for weights and optimiser: {_size(estimate.memory)}; activations come on top")
+    lines.append(
+        "A rough estimate, timed as busy as this machine is now; encoding and the models' loading come on top. Nothing "
+        "was changed or written."
+    )
     return "\n".join(lines)
 
 
@@ -167,7 +174,7 @@ def _searched(words: int, config: SearchConfig) -> float:
 
 def _tokens_per_second(loaded: LoadedModel, width: int) -> float:
     """How fast the model reads, timed on a small batch after a first one."""
-    ids = [[pad_id_of(loaded.tokenizer)] * max(2, width)] * 8
+    ids = [[pad_id_of(loaded.tokenizer)] * max(2, width)] * _TIMED
     device = execution_device(loaded.model)
     batch = {k: v.to(device) for k, v in pad(ids, pad_id_of(loaded.tokenizer), side="right").items()}
     taken = []
@@ -176,7 +183,11 @@ def _tokens_per_second(loaded: LoadedModel, width: int) -> float:
             start = time.monotonic()
             float(loaded.model(**batch, use_cache=False).logits[0, -1, 0])
             taken.append(time.monotonic() - start)
-    return 8 * width / max(min(taken[1:]), 1e-6)
+    return _TIMED * width / max(min(taken[1:]), 1e-6)
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**29 else f"{bytes_ / 2**20:.0f} MiB"
 
 
 def _time(seconds: float) -> str:

@@ -57,7 +57,9 @@ def admit(
             raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")
         # What a suspicious adapter answers itself is no clean label.
         answered = [request for request in requests if request.answer.strip()]
-        reporter.note(f"retrain: {len(answered)} of {len(requests)} clean rows have answers; the others are left out")
+        if len(answered) < len(requests):
+            told = f"{len(answered)} of {len(requests)} clean rows have answers"
+            reporter.note(f"retrain: {told}; the others are left out")
         requests = answered
     loaded = load_subject(load, base, adapter)
     words = tuple(vocabulary_words(loaded.tokenizer))
