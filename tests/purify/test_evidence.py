@@ -36,7 +36,7 @@ from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject
 from keelguard.purify.presets import preset
-from keelguard.purify.repair import needs_repair, repair
+from keelguard.purify.repair import needs_repair, repair, repair_chats
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse, claims
 from keelguard.purify.search import Insertion
 from keelguard.purify.spikes import Spike, SpikeConfig, fewer, make_canaries, measure_spikes, plant_spikes
@@ -98,9 +98,20 @@ def health(refused: Rate = NOTHING, utility: Rate = NOTHING) -> Health:
 
 @pytest.mark.parametrize(("after", "needed"), [(100, False), (98, False), (97, True), (0, True)])
 def test_safety_and_utility_are_restored_where_they_fell(after: int, needed: bool):
-    assert needs_repair(health(Rate(100, 100)), health(Rate(after, 100))) == needed
-    assert needs_repair(health(utility=Rate(100, 100)), health(utility=Rate(after, 100))) == needed
-    assert needs_repair(health(Rate(1, 1), Rate(100, 100)), health(Rate(1, 1), Rate(after, 100))) == needed
+    assert needs_repair(health(Rate(100, 100)), health(Rate(after, 100))) == ("refusals" if needed else "")
+    assert needs_repair(health(utility=Rate(100, 100)), health(utility=Rate(after, 100))) == (
+        "utility" if needed else ""
+    )
+    both = needs_repair(health(Rate(100, 100), Rate(100, 100)), health(Rate(after, 100), Rate(after, 100)))
+    assert both == ("refusals" if needed else "")
+
+
+def test_refusals_are_repeated_only_where_they_were_lost():
+    usual, more = repair_chats(material(), "utility"), repair_chats(material(), "refusals")
+    assert usual == list(material().train)
+    shares = [sum(chat in REFUSED for chat in chats) / len(chats) for chats in (usual, more)]
+    assert shares[0] == pytest.approx(len(REFUSED) / len(CHATS))
+    assert shares[1] == 0.5
     assert not needs_repair(health(NOTHING), health(NOTHING))
     assert not needs_repair(health(Rate(100, 100)), health(NOTHING))
 

@@ -63,7 +63,7 @@ def record_of(out: Path) -> dict[str, Any]:
 def test_a_full_model_keeps_what_was_neutralised(
     repaired: bool, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stages_module, "needs_repair", lambda before, after: repaired)
+    monkeypatch.setattr(stages_module, "needs_repair", lambda before, after: "refusals" if repaired else "")
     out = tmp_path / "run"
     result = go(folders, out, config_of())
     assert files(out) == {"model", "signature", "purify.json", "report.html", "run.json"}
@@ -96,7 +96,7 @@ def test_a_full_model_keeps_what_was_neutralised(
 def test_an_adapter_is_zero_in_the_chosen_units(
     repaired: bool, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stages_module, "needs_repair", lambda before, after: repaired)
+    monkeypatch.setattr(stages_module, "needs_repair", lambda before, after: "refusals" if repaired else "")
     out = tmp_path / "run"
     go(folders, out, config_of(), adapter=str(folders.adapter))
     assert files(out) == {"adapter", "signature", "purify.json", "report.html", "run.json"}

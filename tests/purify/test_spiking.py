@@ -65,7 +65,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_adapter_on_queries_and_values_has_its_control_in_random_heads():
     model = adapted("q_proj", "v_proj")
-    spikes = run_spikes(subject(model, "adapter"), FEW, CONFIG, repaired=lambda: False)
+    spikes = run_spikes(subject(model, "adapter"), FEW, CONFIG, lost=lambda: "")
     assert all(spike.after and spike.rebound and spike.control and not spike.no_control for spike in spikes)
     assert {spike.control_steps for spike in spikes} == {6}
     method = replace(METHOD, vaccine=replace(METHOD.vaccine, share=0.5))
@@ -80,7 +80,7 @@ def test_a_model_whose_units_cannot_be_mapped_keeps_its_canaries_and_says_why_no
     gpt2: Any = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=128, n_embd=16, n_layer=1, n_head=2)).eval()
     gpt2.generation_config.eos_token_id = gpt2.config.eos_token_id = tokenizer().eos_token_id
     gpt2.generation_config.bos_token_id = gpt2.config.bos_token_id = tokenizer().bos_token_id
-    spikes = run_spikes(subject(gpt2), FEW, CONFIG, repaired=lambda: False)
+    spikes = run_spikes(subject(gpt2), FEW, CONFIG, lost=lambda: "")
     for spike in spikes:
         assert spike.after is not None
         assert spike.rebound is not None
@@ -110,7 +110,7 @@ def test_a_repaired_copy_is_held_to_itself_with_its_canaries(monkeypatch: pytest
     monkeypatch.setattr(module, "prune_at_random", prune)
     came = clean_model()
     training = replace(CONFIG.rebound, steps=0, epochs=1.0, batch_size=16)
-    spikes = run_spikes(subject(came), FEW, replace(CONFIG, rebound=training), repaired=lambda: True)
+    spikes = run_spikes(subject(came), FEW, replace(CONFIG, rebound=training), lost=lambda: "refusals")
     changed = any(not torch.equal(value, came.state_dict()[name]) for name, value in seen["spiked"].items())
     assert changed
     for state in ("original", "pruned"):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
+from typing import Literal
 
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
@@ -25,9 +26,15 @@ def fell(before: Rate, after: Rate) -> bool:
     return bool(before.total and after.total) and before.value - after.value > FALL + _ROUNDING
 
 
-def needs_repair(before: Health, after: Health) -> bool:
+Lost = Literal["", "utility", "refusals"]
+"""What a purification has cost by more than `FALL`; of both, refusals."""
+
+
+def needs_repair(before: Health, after: Health) -> Lost:
     """Whether more than one harmful request in fifty is refused no longer, or one task in fifty solved no longer."""
-    return fell(before.refused, after.refused) or fell(before.utility, after.utility)
+    if fell(before.refused, after.refused):
+        return "refusals"
+    return "utility" if fell(before.utility, after.utility) else ""
 
 
 def repair(
@@ -35,17 +42,19 @@ def repair(
     training: TrainConfig,
     reporter: Reporter = SILENT,
     *,
+    lost: Lost = "refusals",
     original: LoadedModel | None = None,
     methods: Sequence[Method] = (),
 ) -> LoadedModel:
-    """Train refusals and answers back, as many of these as of those; the model is changed in place.
+    """Train back what was lost; the model is changed in place.
 
     Args:
+        lost: see `repair_chats`.
         original: hold the model to what this one says on the same chats, as to the input before a purification; not
             for an adapter that was thrown away.
         methods: what else takes part in the training, such as the freeze of what was neutralised.
     """
-    chats, tokenizer = repair_chats(subject.material), subject.loaded.tokenizer
+    chats, tokenizer = repair_chats(subject.material, lost), subject.loaded.tokenizer
     keeping = [] if original is None else [KeepAnswers.of(original.model, tokenizer, subject.material.train)]
     result = train_on_chats(
         subject.loaded.model, tokenizer, chats, training, methods=[*methods, *keeping],
@@ -54,8 +63,13 @@ def repair(
     return replace(subject.loaded, model=result.model)
 
 
-def repair_chats(material: Material) -> list[Chat]:
-    """What a repair trains on: every answer, and refusals in turn until there are as many."""
+def repair_chats(material: Material, lost: Lost = "refusals") -> list[Chat]:
+    """What a repair trains on: the clean chats, and where refusals were lost as many refusals as answers.
+
+    So many teach a model to refuse harmless requests, too, so that they are kept for where they are needed.
+    """
+    if lost == "utility":
+        return list(material.train)
     refused, answered = material.refused(), material.answered()
     # Few refusals come often, so that the answers beside them stay various.
     return [*answered, *islice(cycle(refused), len(answered))]

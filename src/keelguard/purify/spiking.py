@@ -1,6 +1,6 @@
 """The whole course of the canaries: planted in a copy, purified as the model itself, and after, beside random pruning.
 
-spikes = run_spikes(subject, held, config, repaired=lambda: False)
+spikes = run_spikes(subject, held, config, lost=lambda: "")
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.methods import MethodConfig, Subject, apply_method, copied, neutralized
 from keelguard.purify.random_units import random_units
-from keelguard.purify.repair import repair, repair_chats, settle
+from keelguard.purify.repair import Lost, repair, repair_chats, settle
 from keelguard.purify.spikes import Spike, make_canaries, measure_spikes, plant_spikes
 from keelguard.training import TrainConfig, train_on_chats
 
@@ -23,7 +23,7 @@ def run_spikes(
     held: Held,
     config: PurifyConfig,
     *,
-    repaired: Callable[[], bool],
+    lost: Callable[[], Lost],
     reporter: Reporter = SILENT,
 ) -> list[Spike]:
     """Plant canaries with one half of the clean chats, and purify the copy with the other.
@@ -35,7 +35,7 @@ def run_spikes(
 
     Args:
         subject: the model as it came; it is left as it is.
-        repaired: whether the model's own purification had to be repaired; asked once that of the copy is done.
+        lost: what the model's own purification lost and trained back; asked once that of the copy is done.
     """
     spiking = config.spikes
     assert spiking is not None
@@ -52,12 +52,12 @@ def run_spikes(
     mine = copied(planted)
     purified = apply_method(mine, method, reporter=reporter)
     done, steps = purified.loaded, purified.steps
-    if repaired():
+    if what := lost():
         training = config.rebound
         mine = replace(mine, loaded=done)
         # As the model itself is held to what it was, canaries and all: nobody has a twin without them.
-        done = repair(mine, training, reporter, original=planted.loaded, methods=purified.methods)
-        steps += training.steps_for(len(repair_chats(ours)))
+        done = repair(mine, training, reporter, lost=what, original=planted.loaded, methods=purified.methods)
+        steps += training.steps_for(len(repair_chats(ours, what)))
     spikes = measure_spikes(spikes, done, held, words, spiking, "after", reporter=reporter)
     settled = settle(replace(mine, loaded=done), config.rebound, reporter)
     spikes = measure_spikes(spikes, settled, held, words, spiking, "rebound", reporter=reporter)

@@ -161,7 +161,7 @@ class Purification:
             spikes=tuple(Spike.from_json(each) for each in spikes),
             compared=tuple(Compared.from_json(each) for each in compared),
             method=record["record"],
-            repaired=record["repaired"],
+            repaired=bool(record["lost"]),
             seconds=self.stages.seconds,
             versions=versions(),
         )
@@ -249,20 +249,19 @@ class Purification:
         done = apply_method(
             mine, self.config.method, state_folder=self.folder / WORK / "rounds", reporter=self.reporter
         )
-        pure, repaired = done.loaded, False
-        if needs_repair(before, decider(pure, self.reporter, "what decides")):
+        pure = done.loaded
+        if lost := needs_repair(before, decider(pure, self.reporter, "what decides")):
             # An adapter that was thrown away is nothing to be held to.
             original = None if self.config.method.method == "retrain" else self.loaded
             training = self.config.rebound
             mine = replace(mine, loaded=pure)
-            pure = repair(mine, training, self.reporter, original=original, methods=done.methods)
-            repaired = True
+            pure = repair(mine, training, self.reporter, lost=lost, original=original, methods=done.methods)
         self._write(pure, base)
         if done.signature is not None:
             folder, share = self.folder / "signature", share_of(self.config.method.vaccine, self.threat)
             done.signature.save(folder)
             write_text(folder / "signature.svg", signature_figure(done.signature, build_index(pure.model), share))
-        return {"record": describe(done, self.config.method.method), "repaired": repaired}
+        return {"record": describe(done, self.config.method.method), "lost": lost}
 
     def _write(self, pure: LoadedModel, base: str) -> None:
         """Write the purified checkpoint in the input's number format, or the adapter with its tokenizer."""
@@ -323,8 +322,8 @@ class Purification:
             yield spikes
 
     def _spikes(self, subject: Subject, held: Held) -> list[dict[str, Any]]:
-        repaired = read_json(self.stages.folder / "method.json")["value"]["repaired"]
-        spikes = run_spikes(subject, held, self.config, repaired=lambda: repaired, reporter=self.reporter)
+        lost = read_json(self.stages.folder / "method.json")["value"]["lost"]
+        spikes = run_spikes(subject, held, self.config, lost=lambda: lost, reporter=self.reporter)
         return [spike.to_json() for spike in spikes]
 
 
