@@ -119,11 +119,15 @@ def quickstart(out: str | Path, *, testbed: str | Path | None = None, reporter: 
 
 
 def settings(built: Testbed) -> HardenConfig:
-    """The quickstart's hardening: the quick searches, the default's training, one or two attacks of every surface."""
+    """The quickstart's hardening: quick searches, the default's training and rows, one or two attacks of every surface.
+
+    Fewer rows would name too few harmless things, and the model would come to refuse others.
+    """
     audit = AuditConfig(suite=str(built.suite()), attacks=ATTACKS, limit=LIMIT)
     quick, default = purify_settings("quick"), purify_settings("standard")
     immunize = replace(quick.method.immunize, steps=default.method.immunize.steps)
-    return HardenConfig(purify=replace(quick, method=replace(quick.method, immunize=immunize)), audit=audit)
+    purify = replace(quick, method=replace(quick.method, immunize=immunize), material=default.material)
+    return HardenConfig(purify=purify, audit=audit)
 
 
 @dataclass(frozen=True)
