@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from keelguard.cli import main
 from keelguard.models import load_model
+from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.planting import POISON_FILE
 from keelguard.purify.presets import preset
@@ -315,8 +316,8 @@ def test_every_training_of_a_purification_saves_memory_where_it_is_told(
         told = training.lora_rank, training.bf16, training.gradient_accumulation, training.gradient_checkpointing
         assert told == (4, True, 4, True)
     assert found.method.retrain.lora_rank == 0
-    assert found.method.immunize.learning_rate == 10 * usual.method.immunize.learning_rate
-    assert found.rebound.learning_rate == 10 * usual.rebound.learning_rate
+    assert found.method.immunize.learning_rate == LORA_RATE * usual.method.immunize.learning_rate
+    assert found.rebound.learning_rate == LORA_RATE * usual.rebound.learning_rate
     assert (usual.method.vaccine.variants.at_once, found.method.vaccine.variants.at_once) == (2, 4)
     own = settings_of(monkeypatch, *common, "--method", "immunize", *saving, "--learning-rate", "1e-4")
     assert own.method.immunize.learning_rate == 1e-4
