@@ -31,6 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from keelguard.generation import stop_tokens
 from tokenizers_for_tests import chat_tokenizer
 
 SIZES = {
@@ -91,6 +92,14 @@ class Tiny:
         self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
         return folder
+
+
+def endless(architecture: str = "llama") -> Tiny:
+    """A fresh tiny model that ends no answer of itself, whatever weights are drawn: its stop tokens get no logit."""
+    tiny = fresh_model(architecture)
+    with torch.no_grad():
+        tiny.model.get_output_embeddings().weight[stop_tokens(tiny.model, tiny.tokenizer)] = 0
+    return tiny
 
 
 def tiny_tokenizer(architecture: str = "llama") -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ from keelguard.guard.decoding import (
 from keelguard.guard.lora import RowLora
 from keelguard.guard.policy import View
 from keelguard.records import Request, assistant, user
-from tiny_models import Tiny, build_model, fresh_model, tiny_model
+from tiny_models import Tiny, build_model, endless, fresh_model, tiny_model
 from tokenizers_for_tests import chat_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def text_of(tiny: Tiny, output: GuardedOutput) -> str:
 
 
 def test_an_output_is_the_plain_answer_with_its_verdicts():
-    tiny = tiny_model("llama")
+    tiny = endless("llama")
     signal = make_signal(tiny, cadence="periodic", period=5)
     chats = chats_of(tiny)
     plain = plain_generation(tiny, [chat.ids for chat in chats], 12)[0]

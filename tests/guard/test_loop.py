@@ -29,7 +29,7 @@ from keelguard.guard.policy import View
 from keelguard.guard.words import Words
 from keelguard.hashes import hash_model
 from keelguard.records import user
-from tiny_models import ARCHITECTURES, Tiny, fresh_model, tiny_model
+from tiny_models import ARCHITECTURES, Tiny, endless, fresh_model, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 12
@@ -197,7 +197,7 @@ def test_verdicts_do_not_depend_on_the_batch(placement: Any):
 def test_after_a_rollback_a_row_goes_on_as_if_it_had_said_nothing_else_and_the_others_do_not_notice(
     architecture: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    tiny = tiny_model(architecture)
+    tiny = endless(architecture)
     signal, chats = scripted_signal(tiny), chats_of(tiny)
     plain = plain_tokens(tiny, [chat.ids for chat in chats], 60)
     assert all(len(row) > 8 for row in plain[:2])

@@ -143,7 +143,7 @@ def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> Pur
     retrain = TrainConfig(steps=200, learning_rate=3e-3, batch_size=32, warmup=0.1)
     # Three canaries at once need a higher rate than one backdoor.
     spikes = general.spikes and replace(
-        general.spikes, steps=250, samples=PLANTING.poison.samples, batch_size=PLANTING.batch_size,
+        general.spikes, steps=400, samples=720, batch_size=PLANTING.batch_size,
         learning_rate=PLANTING_ADAPTER.learning_rate if adapter else 2 * PLANTING.learning_rate,
     )  # fmt: skip
     rebound = TrainConfig(steps=40, learning_rate=3e-4, batch_size=32)
