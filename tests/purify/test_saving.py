@@ -21,7 +21,8 @@ from keelguard.training import TrainConfig, train_on_chats
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAVING = {"gradient_accumulation": 2, "lora_rank": 3, "bf16": True, "gradient_checkpointing": True}
-NOTHING = Effect(*[Rate(0, 1)] * 5, (False,))
+NONE = Rate(0, 1)
+NOTHING = Effect(NONE, NONE, NONE, NONE, NONE, (False,))
 
 
 def told(config: Any) -> dict[str, Any]:
