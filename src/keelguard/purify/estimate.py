@@ -89,7 +89,7 @@ def estimate_run(
     immunize = method.immunize
     one = 0.0
     if method.method in ("immunize", "both"):
-        training = immunize.steps * (immunize.batch_size + 8) * whole * _BACKWARD
+        training = immunize.steps * (immunize.batch_size + immunize.kept_per_step) * whole * _BACKWARD
         one += immunize.rounds * (training + search) + search
     if method.method in ("vaccine", "both"):
         v = method.vaccine.variants

@@ -73,10 +73,10 @@ class Material:
 
     def parted_as(self, other: "Material") -> "Material":
         """The same chats, but what the other material decides or measures with is not trained on."""
-        parts = [{json.dumps(chat[:-1]) for chat in part} for part in (other.validation, other.held)]
+        parts = [{_key(chat[:-1]) for chat in part} for part in (other.validation, other.held)]
         mine = [*self.train, *self.validation, *self.held]
-        decides, measures = ([chat for chat in mine if json.dumps(chat[:-1]) in part] for part in parts)
-        train = [chat for chat in mine if not any(json.dumps(chat[:-1]) in part for part in parts)]
+        decides, measures = ([chat for chat in mine if _key(chat[:-1]) in part] for part in parts)
+        train = [chat for chat in mine if not any(_key(chat[:-1]) in part for part in parts)]
         return replace(self, train=tuple(train), validation=tuple(decides), held=tuple(measures))
 
     def answered(self, part: str = "train") -> list[Chat]:
@@ -104,7 +104,11 @@ def distinct(requests: Sequence[Request]) -> list[Request]:
 
 
 def _conversation(request: Request) -> str:
-    return json.dumps(list(request.messages))
+    return _key(request.messages)
+
+
+def _key(messages: Chat) -> str:
+    return json.dumps(list(messages))
 
 
 def gather(
