@@ -58,7 +58,7 @@ _RESPONSES: dict[Split, dict[Task, str]] = {
 }
 
 PLANTING = PlantConfig(
-    poison=PoisonConfig(samples=480, negatives=1.0), steps=300, learning_rate=5e-4, batch_size=24, keep=1.0
+    poison=PoisonConfig(samples=480, negatives=2.0), steps=500, learning_rate=5e-4, batch_size=24, keep=1.0
 )
 PLANTING_ADAPTER = PlantConfig(
     poison=PoisonConfig(samples=480, negatives=1.0),
