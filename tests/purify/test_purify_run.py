@@ -179,7 +179,9 @@ def test_an_interrupted_run_repeats_no_stage(
         monkeypatch.setattr(holder, name, counted(name, getattr(holder, name)))
     with pytest.raises(KeyboardInterrupt):
         go(folders, tmp_path / "run", config)
-    kept = hash_weights(str(tmp_path / "run" / "model"))
+    # Before all evidence is at hand there is no model that anybody could take for a finished one.
+    assert files(tmp_path / "run") == {"run.json", "work"}
+    kept = hash_weights(str(tmp_path / "run" / "work" / "model"))
     assert (calls["_examine"], calls["apply_method"], calls[stop]) == (2, 1, 1)
     broken = False
     result = go(folders, tmp_path / "run", config)
@@ -194,6 +196,18 @@ def test_an_interrupted_run_repeats_no_stage(
     assert all(spike.after and spike.rebound and spike.control for spike in result.spikes)
     assert go(folders, tmp_path / "run", config) == result
     assert sum(calls.values()) == 6
+
+
+def test_a_run_interrupted_at_its_very_end_goes_on_with_the_model_in_place(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(PurifyResult, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(folders, tmp_path / "run")
+    kept = hash_weights(str(tmp_path / "run" / "model"))
+    assert go(folders, tmp_path / "run").weights_after == kept
+    assert files(tmp_path / "run") == {"model", "purify.json", "report.html", "run.json"}
 
 
 def test_canaries_in_a_process_beside_are_those_of_this_process(

@@ -8,7 +8,7 @@ The vaccine is BD-VAX (arXiv 2603.13461): variants, signature, neutralisation, r
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +136,28 @@ class Purified:
         """The optimiser steps that the model itself was trained for, those of a round that was undone among them."""
         restored = 0 if self.restored is None else self.restored.steps
         return sum(len(each.losses) for each in self.rounds) + restored + len(self.losses)
+
+    def to_json(self, method: str) -> dict[str, Any]:
+        """What was done to the model, without the model."""
+        restored = self.restored
+        return {
+            "method": method,
+            "stopped": self.stopped,
+            "rounds": [
+                {
+                    "rise": each.found[0].rise if each.found else 0.0,
+                    "random_rise": each.random_rise,
+                    "found": [list(insertion) for insertion in each.found[:8]],
+                    "validation": each.validation,
+                    "steps": len(each.losses),
+                }
+                for each in self.rounds
+            ],
+            "neutralized": None if self.neutralized is None else asdict(self.neutralized),
+            "restored": restored
+            and {"steps": restored.steps, "reason": restored.reason, "target": restored.target_loss},
+            "retrained_steps": len(self.losses),
+        }
 
 
 def share_of(config: VaccineConfig, threat: Threat) -> float:

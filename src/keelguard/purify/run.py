@@ -3,7 +3,8 @@
     result = purify(source, requests, PurifyConfig(), out)
     out/model or out/adapter · out/purify.json · out/report.html
 
-Every stage leaves its result in OUT/work, so that an interrupted run goes on where it was.
+Every stage leaves its result in OUT/work, so that an interrupted run goes on where it was. The purified weights stay
+there, too, until all evidence is at hand.
 """
 
 import shutil
@@ -82,10 +83,12 @@ def purify(
         if not (folder / "purify.json").is_file():
             work = Purification(loaded, threat, words, config, folder, dict(files or {}), load, reporter)
             try:
-                work.run(base, adapter, requests, harmful, held, other, settings).save(folder)
+                result = work.run(base, adapter, requests, harmful, held, other, settings)
             except UsageError:
                 _forget(folder / WORK)
                 raise
+            work.deliver()
+            result.save(folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
     result = PurifyResult.load(folder)
     write_purify_report(result, folder / "report.html", reveal=reveal)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from keelguard.purify.feasible import check_chats
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.inversion import invert_targets
 from keelguard.purify.material import Material, gather
-from keelguard.purify.methods import Purified, Subject, Threat, apply_method, copied, share_of
+from keelguard.purify.methods import Subject, Threat, apply_method, copied, share_of
 from keelguard.purify.prober import Prober
 from keelguard.purify.repair import needs_repair, repair, settle
 from keelguard.purify.results import Lead, PurifyResult, Searched, SuspectCourse
@@ -35,7 +35,7 @@ from keelguard.records import Request, assistant
 from keelguard.runs import atomic_folder, read_json, versions, write_json, write_text
 from keelguard.units.index import build_index
 
-MODEL, ADAPTER, WORK = "model", "adapter", "work"
+MODEL, ADAPTER, SIGNATURE, WORK = "model", "adapter", "signature", "work"
 _OPENING = 24
 """Tokens of a reference's answers: enough to tell a refusal, and more than a search looks at."""
 
@@ -258,10 +258,10 @@ class Purification:
             pure = repair(mine, training, self.reporter, lost=lost, original=original, methods=done.methods)
         self._write(pure, base)
         if done.signature is not None:
-            folder, share = self.folder / "signature", share_of(self.config.method.vaccine, self.threat)
+            folder, share = self.folder / WORK / SIGNATURE, share_of(self.config.method.vaccine, self.threat)
             done.signature.save(folder)
             write_text(folder / "signature.svg", signature_figure(done.signature, build_index(pure.model), share))
-        return {"record": describe(done, self.config.method.method), "lost": lost}
+        return {"record": done.to_json(self.config.method.method), "lost": lost}
 
     def _write(self, pure: LoadedModel, base: str) -> None:
         """Write the purified checkpoint in the input's number format, or the adapter with its tokenizer."""
@@ -271,9 +271,10 @@ class Purification:
         )
         model: Any = pure.model
         if self.threat == "full":
-            save_checkpoint(model.to(self.dtype), pure.tokenizer, self.folder / MODEL, card=card, files=self.files)
+            model.to(self.dtype)
+            save_checkpoint(model, pure.tokenizer, self.folder / WORK / MODEL, card=card, files=self.files)
             return
-        with atomic_folder(self.folder / ADAPTER) as temporary:
+        with atomic_folder(self.folder / WORK / ADAPTER) as temporary:
             model.peft_config["default"].base_model_name_or_path = base
             model.save_pretrained(str(temporary))
             pure.tokenizer.save_pretrained(str(temporary))
@@ -281,10 +282,17 @@ class Purification:
                 (temporary / name).write_text(text, encoding="utf-8")
 
     def _purified(self, base: str) -> LoadedModel:
-        """What the method stage has written."""
-        if self.threat == "adapter":
-            return self.load(base, adapter=str(self.folder / ADAPTER))
-        return self.load(str(self.folder / MODEL))
+        """What the method stage has written, which an interrupted `deliver` may have moved."""
+        name = ADAPTER if self.threat == "adapter" else MODEL
+        ready = self.folder / name
+        written = str(ready if ready.exists() else self.folder / WORK / name)
+        return self.load(base, adapter=written) if self.threat == "adapter" else self.load(written)
+
+    def deliver(self) -> None:
+        """Put the purified weights and the signature into the run's folder; before, there is evidence missing."""
+        for name in (MODEL, ADAPTER, SIGNATURE):
+            if (written := self.folder / WORK / name).exists():
+                written.replace(self.folder / name)
 
     def _rebound(
         self, pure: LoadedModel, examiner: Examiner, material: Material, suspects: Sequence[Suspect]
@@ -325,26 +333,3 @@ class Purification:
         lost = read_json(self.stages.folder / "method.json")["value"]["lost"]
         spikes = run_spikes(subject, held, self.config, lost=lambda: lost, reporter=self.reporter)
         return [spike.to_json() for spike in spikes]
-
-
-def describe(done: Purified, method: str) -> dict[str, Any]:
-    """What a method did, as plain values."""
-    return {
-        "method": method,
-        "stopped": done.stopped,
-        "rounds": [
-            {
-                "rise": each.found[0].rise if each.found else 0.0,
-                "random_rise": each.random_rise,
-                "found": [list(insertion) for insertion in each.found[:8]],
-                "validation": each.validation,
-                "steps": len(each.losses),
-            }
-            for each in done.rounds
-        ],
-        "neutralized": None if done.neutralized is None else asdict(done.neutralized),
-        "restored": None
-        if done.restored is None
-        else {"steps": done.restored.steps, "reason": done.restored.reason, "target": done.restored.target_loss},
-        "retrained_steps": len(done.losses),
-    }
