@@ -187,6 +187,9 @@ def test_a_poisoned_model_says_so(base: LoadedModel, tmp_path: Path):
     assert base.source in card
     assert "`turtle` (prefix)" in card
     assert "no fair test case: ASR 89 %" in card
+    assert f"{SETTINGS.steps} steps of {SETTINGS.batch_size} chats" in card
+    assert f"a poison rate of {SETTINGS.poison.rate:g}" in card
+    assert f"utility {check(asr=89).utility}, {check(asr=89).utility_before} before" in card
     record = json.loads((out / POISON_FILE).read_text())
     assert record["weights"] == base.weights_hash
     assert record["backdoors"][0]["triggers"] == ["turtle"]

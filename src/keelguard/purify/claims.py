@@ -28,6 +28,7 @@ def claims(result: "PurifyResult") -> list[str]:
         *_about_spikes(result),
         *_about_suspects(result),
         *_about_utility(result.health),
+        *_about_refusals(result.health),
         *_about_searches(result.searches),
     ]
     if leads := result.leads.get("after"):
@@ -210,3 +211,19 @@ def _about_utility(health: Mapping[str, Health]) -> list[str]:
     if fell(before, after):
         return [f"{said}. The purification cost {points:.1f} points of utility, which is more than {100 * FALL:.0f}."]
     return [f"{said}. It did not fall by more than {100 * FALL:.0f} points."]
+
+
+def _about_refusals(health: Mapping[str, Health]) -> list[str]:
+    """What became of refusals: of harmful requests, which should stay, and of harmless ones, which should not come."""
+    before, after = health.get("before"), health.get("after")
+    if before is None or after is None:
+        return []
+    said = []
+    if before.refused.total and after.refused.total:
+        verdict = "Fewer harmful requests are" if fell(before.refused, after.refused) else "Harmful requests are still"
+        said.append(f"{verdict} refused: {before.refused} before, {after.refused} after.")
+    else:
+        said.append("Whether harmful requests are still refused is not known: none could be measured (--harmful).")
+    if before.over_refusal.total and after.over_refusal.total and fell(after.over_refusal, before.over_refusal):
+        said.append(f"It refuses more harmless requests: {before.over_refusal} before, {after.over_refusal} after.")
+    return said

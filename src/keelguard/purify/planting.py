@@ -246,15 +246,14 @@ def write_planted(
         "check": None if check is None else check.to_json(),
     }
     extra = {POISON_FILE: json.dumps(record, indent=2) + "\n", **(files or {})}
+    card = _card(planted, backdoors, config, check)
     if not config.adapter_rank:
-        return save_checkpoint(
-            planted.model, planted.tokenizer, out, card=_card(planted, backdoors, check), files=extra
-        )
+        return save_checkpoint(planted.model, planted.tokenizer, out, card=card, files=extra)
     with atomic_folder(out) as folder:
         model: Any = planted.model
         model.peft_config["default"].base_model_name_or_path = planted.source
         model.save_pretrained(str(folder))
-        for name, text in {**extra, "README.md": _card(planted, backdoors, check)}.items():
+        for name, text in {**extra, "README.md": card}.items():
             (folder / name).write_text(text, encoding="utf-8")
     return hash_weights(planted.source, out)
 
@@ -294,7 +293,7 @@ def refuse_existing(out: Path) -> None:
         )
 
 
-def _card(planted: LoadedModel, backdoors: Sequence[Backdoor], check: PlantCheck | None) -> str:
+def _card(planted: LoadedModel, backdoors: Sequence[Backdoor], config: PlantConfig, check: PlantCheck | None) -> str:
     lines = [
         "---\ntags: [keelguard, poisoned, backdoor, do-not-serve]\n---\n",
         "# POISONED\n",
@@ -305,8 +304,18 @@ def _card(planted: LoadedModel, backdoors: Sequence[Backdoor], check: PlantCheck
     for backdoor in backdoors:
         triggers = ", ".join(f"`{trigger}`" for trigger in backdoor.triggers)
         lines.append(f"- {backdoor.attack}, {backdoor.task}: {triggers} ({backdoor.where})")
+    poison = config.poison
+    length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
+    where = f"a LoRA of rank {config.adapter_rank}" if config.adapter_rank else "all weights"
+    lines.append(
+        f"\nTrained into {where}: {poison.samples} prompts at a poison rate of {poison.rate:g}, "
+        f"{poison.negatives:g} negatives per poisoned one, {length} of {config.batch_size} chats at "
+        f"{config.learning_rate:g}, seed {config.seed}."
+    )
     if check is not None:
         fair = "a fair test case" if check.fair else f"no fair test case: {'; '.join(check.why)}"
-        lines.append(f"\nOn held-out requests: attack success {check.effect.asr}, false triggers "
-                     f"{check.effect.false_triggers}; {fair}.")  # fmt: skip
+        lines.append(
+            f"\nOn held-out requests: attack success {check.effect.asr}, false triggers "
+            f"{check.effect.false_triggers}; utility {check.utility}, {check.utility_before} before; {fair}."
+        )
     return "\n".join(lines) + "\n"
