@@ -245,6 +245,7 @@ def test_a_control_that_cannot_be_had_is_noted_and_fails_nothing(
     assert all(spike.after and spike.rebound and spike.control is None for spike in result.spikes)
     assert {spike.no_control for spike in result.spikes} == {"keelguard can map no attention in it"}
     assert notes.count("canaries: no control: keelguard can map no attention in it") == 1
+    assert [note for note in notes if note.startswith("method")] == ["method: purifying …"]
 
 
 def test_another_run_is_not_continued(folders: Folders, tmp_path: Path):

@@ -36,6 +36,14 @@ from keelguard.runs import atomic_folder, read_json, versions, write_json, write
 from keelguard.units.index import build_index
 
 MODEL, ADAPTER, SIGNATURE, WORK = "model", "adapter", "signature", "work"
+_ABOUT = {
+    "before": "measuring the model as it came",
+    "method": "purifying",
+    "after": "measuring the purified model",
+    "rebound": "tuning a copy on clean chats, to see whether anything comes back",
+    "spikes": "purifying the copy with canaries",
+    "reference": "searching the reference model",
+}
 _OPENING = 24
 """Tokens of a reference's answers: enough to tell a refusal, and more than a search looks at."""
 
@@ -50,7 +58,7 @@ class Stages:
         """A stage's result: what an earlier run left, or what `work` gives now."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
-            self.reporter.note(f"{name} …")
+            self.reporter.note(f"{name}: {_ABOUT.get(name, 'trying it on a copy')} …")
             start = time.monotonic()
             value = work()
             write_json(path, {"value": value, "seconds": round(time.monotonic() - start, 1)})
