@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from keelguard.cli import main
 from keelguard.models import load_model
+from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.planting import POISON_FILE
@@ -144,6 +145,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "purify: a LoRA beside an adapter": (
         (*PURIFY, "--adapter", "ADAPTER", "--lora-rank", "4"),
+        "--lora-rank 4: of a model with an adapter that alone is trained; leave it out",
+    ),
+    "bench: rank": (
+        ("purify", "bench", "MODEL", "--clean-data", "DATA", "--adapter", "ADAPTER", "--lora-rank", "4"),
         "--lora-rank 4: of a model with an adapter that alone is trained; leave it out",
     ),
     "purify: rank": ((*PURIFY, "--lora-rank", "-1"), "--lora-rank -1: is out of range; give 0 or more"),
@@ -286,15 +291,18 @@ class _SeenError(Exception):
     """What a command would have done is known."""
 
 
-def settings_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> PurifyConfig:
-    """The settings with which `keelguard purify` would begin."""
+def settings_of(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, command: str = "keelguard.purify.run.purify"
+) -> PurifyConfig:
+    """The settings of the purification with which a command would begin."""
     seen: list[PurifyConfig] = []
 
-    def look(base: str, requests: Any, settings: PurifyConfig, *others: Any, **named: Any) -> None:
-        seen.append(settings)
+    def look(*values: Any, **named: Any) -> None:
+        own = [value.purify if isinstance(value, HardenConfig) else value for value in values]
+        seen.extend(value for value in own if isinstance(value, PurifyConfig))
         raise _SeenError
 
-    monkeypatch.setattr("keelguard.purify.run.purify", look)
+    monkeypatch.setattr(command, look)
     monkeypatch.setattr(sys, "argv", ["keelguard", *arguments])
     with pytest.raises(_SeenError):
         main()
@@ -321,6 +329,14 @@ def test_every_training_of_a_purification_saves_memory_where_it_is_told(
     assert (usual.method.vaccine.variants.at_once, found.method.vaccine.variants.at_once) == (2, 4)
     own = settings_of(monkeypatch, *common, "--method", "immunize", *saving, "--learning-rate", "1e-4")
     assert own.method.immunize.learning_rate == 1e-4
+    bench = ("purify", "bench", *common[1:-1])
+    benched = settings_of(monkeypatch, *bench, *saving, command="keelguard.purify.bench_run.bench_model")
+    hardened = settings_of(
+        monkeypatch, "harden", *common[1:-1], "--harmful", places["DATA"], *saving,
+        command="keelguard.pipeline.harden.harden",
+    )  # fmt: skip
+    for settings in (benched, hardened):
+        assert settings.method.immunize == replace(found.method.immunize, seed=settings.method.immunize.seed)
     # The restoration's batch of 8 has no 16 parts, and is not what this method trains.
     many = settings_of(monkeypatch, *common, "--method", "immunize", "--gradient-accumulation", "16")
     restore = many.method.vaccine.restore

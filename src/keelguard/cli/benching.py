@@ -26,9 +26,11 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="What `keelguard poison` made: a checkpoint or an adapter.")],
     adapter: Annotated[str | None, typer.Option(help="The poisoned PEFT adapter; MODEL is then its base.")] = None,
     clean_data: CleanData = None,
@@ -47,6 +49,10 @@ def bench(
         typer.Option(help="The clean model before the backdoor was planted: measured as a bound. Not for an adapter."),
     ] = None,
     budget: Budget = "standard",
+    lora_rank: MergedRank = None,
+    bf16: Bf16 = False,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
     limit: Annotated[int, typer.Option(min=1, help="Measure with at most this many requests of a kind.")] = 96,
     out: Annotated[Path, typer.Option(help="The run folder; the same command resumes in it.")] = Path("runs/bench"),
     chat_template: ChatTemplate = None,
@@ -80,7 +86,7 @@ def bench(
     from keelguard.purify.bench_page import bench_tables
     from keelguard.purify.bench_run import bench_model
     from keelguard.purify.effects import Held
-    from keelguard.purify.presets import preset
+    from keelguard.purify.presets import preset, saving_memory
 
     base, used = resolve_sources(model, adapter)
     for part in filter(None, (base, used, twin)):
@@ -111,6 +117,7 @@ def bench(
     variants = replace(own.vaccine.variants, seed=seed)
     method = replace(own, immunize=replace(own.immunize, seed=seed), vaccine=replace(own.vaccine, variants=variants))
     settings = replace(settings, method=method, material=replace(settings.material, seed=seed))
+    settings = saving_memory(settings, **memory_saving(context, used is not None))
     load = partial(
         load_model, chat_template=chat_template, dtype=dtype, device=device, allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,

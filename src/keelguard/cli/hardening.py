@@ -25,6 +25,7 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
 
 
 def harden(
@@ -43,6 +44,10 @@ def harden(
     split: Split = None,
     out: Annotated[Path, typer.Option(help="The package; the same command resumes in it.")] = Path("runs/harden"),
     budget: Budget = "standard",
+    lora_rank: MergedRank = None,
+    bf16: Bf16 = False,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
     skip: Annotated[
         list[str] | None,
         typer.Option(help='Leave a stage out, with the reason that the report repeats: diagnose="not covered".'),
@@ -64,7 +69,8 @@ def harden(
 
     inspect → audit → purify → audit → diagnose → guard → audit → package. Every stage stands beside its control; one
     whose control does not hold is reported as failed, and the exit code is then 1. The data are cut in three: what
-    the audits ask is in no training. A model of the testbed brings its own data.
+    the audits ask is in no training. A model of the testbed brings its own data. --lora-rank, --bf16 and the two
+    gradient options make the trainings of the purification smaller.
 
     Writes OUT: model/ or adapter/, signal/, units/, audits/, purify/, certificate.json, harden.json, MODEL_CARD.md,
     harden.sarif and report.html. Then: keelguard finetune OUT, keelguard verify OUT, keelguard gate --against OUT.
@@ -81,6 +87,7 @@ def harden(
     from keelguard.data import Columns
     from keelguard.models import check_source, load_model, resolve_sources
     from keelguard.pipeline.harden_config import HardenConfig, read_skips
+    from keelguard.purify.presets import saving_memory
 
     base, used = resolve_sources(model, adapter)
     for part in filter(None, (base, used)):
@@ -95,7 +102,8 @@ def harden(
     )  # fmt: skip
     audit = replace(settings.audit, suite=suite or settings.audit.suite, attacks=tuple(attack or ()), limit=limit)
     signal = replace(settings.signal, target=target)
-    settings = replace(settings, audit=audit, signal=signal, skip=skips, seed=seed)
+    smaller = saving_memory(settings.purify, **memory_saving(context, used is not None))
+    settings = replace(settings, purify=smaller, audit=audit, signal=signal, skip=skips, seed=seed)
     if suite and data.audited:
         # The suite brings the requests that the audits ask; ours are then not needed.
         data = replace(data, audited={})

@@ -28,11 +28,10 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
-from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
 from keelguard.errors import UsageError
 
 _BY_BUDGET = "by --budget"
-_SAVING = ("lora_rank", "bf16", "gradient_accumulation", "gradient_checkpointing")
 _ENOUGH = 200
 """Clean rows with answers from which an adapter is retrained by default."""
 
@@ -99,13 +98,7 @@ def purify_model(
         float | None, typer.Option(help="Peak learning rate of immunisation.", show_default="2e-5")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Chats per step of immunisation.", show_default="16")] = None,
-    lora_rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Train and merge LoRAs of this rank, at ten times the rate; not of an adapter.",
-            show_default="0: all weights, in float32",
-        ),
-    ] = None,
+    lora_rank: MergedRank = None,
     bf16: Bf16 = False,
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
@@ -201,8 +194,7 @@ def purify_model(
         reporter.note(f"--method auto: {method}")
     settings = _told(context, settings, {
         "method": method, "rounds": rounds, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
-        "lora_rank": lora_rank, "bf16": bf16, "gradient_accumulation": gradient_accumulation,
-        "gradient_checkpointing": gradient_checkpointing, "variants": variants, "count": count, "at_once": at_once,
+        "lora_rank": lora_rank, "variants": variants, "count": count, "at_once": at_once,
         "share": share, "how": how, "seed": seed, "no_spikes": no_spikes, "no_scan": no_scan,
     }, used is not None)  # fmt: skip
     if no_compare and compare:
@@ -261,10 +253,7 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
     for name, methods in readers.items():
         if name in told and method not in methods:
             raise UsageError(f"--{name.replace('_', '-')}: --method {method} does not read it; leave it out")
-    if "lora_rank" in told and adapter:
-        raise UsageError(
-            f"--lora-rank {told['lora_rank']}: of a model with an adapter that alone is trained; leave it out"
-        )
+    saving = memory_saving(context, adapter)
     if "how" in told and adapter:
         raise UsageError("--how: of an adapter the parts of its update are set to zero; leave it out")
     if "share" in told and not 0 < told["share"] < 1:
@@ -286,5 +275,4 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
         inversion=None if options["no_scan"] else settings.inversion,
         rebound=replace(settings.rebound, seed=seed),
     )
-    saving = {name: told[name] for name in _SAVING if name in told}
     return saving_memory(settings, **saving, keep_rate="learning_rate" in told) if saving else settings

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from keelguard.cli.options import check_probe, given
+from keelguard.errors import UsageError
 
 Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
@@ -20,6 +21,13 @@ Warmup = Annotated[float, typer.Option(help="Share of the steps over which the r
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0 keeps none.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; the weights that train stay float32.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Save memory for time.")]
+MergedRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Train and merge LoRAs of this rank, at five times the rate; not of an adapter.",
+        show_default="0: all weights, in float32",
+    ),
+]
 Suite = Annotated[str, typer.Option(help="Suite that safety and utility are measured with.")]
 JudgedBy = Annotated[str, typer.Option(help="Judge of the answers: world or keyword. Default: the suite's.")]
 Limit = Annotated[int, typer.Option(help="Measure with at most this many requests of each kind.")]
@@ -32,6 +40,23 @@ def unless_given(context: typer.Context, *, steps: int, learning_rate: float) ->
     named = {name for name in ("steps", "epochs", "learning_rate") if given(context, name)}
     found = {} if named & {"steps", "epochs"} else {"steps": steps}
     return found if "learning_rate" in named else {**found, "learning_rate": learning_rate}
+
+
+_SAVING = ("lora_rank", "bf16", "gradient_accumulation", "gradient_checkpointing")
+
+
+def memory_saving(context: typer.Context, adapter: bool) -> dict[str, Any]:
+    """Of a purification's settings that save memory, those that the command line or --config gives.
+
+    Raises:
+        UsageError: a LoRA to be merged beside an adapter that is trained itself.
+    """
+    told = {name: context.params[name] for name in _SAVING if given(context, name)}
+    if "lora_rank" in told and adapter:
+        raise UsageError(
+            f"--lora-rank {told['lora_rank']}: of a model with an adapter that alone is trained; leave it out"
+        )
+    return told
 
 
 def training_probe(suite: str, judge: str, limit: int, harmful, remedy: str, reporter):
