@@ -34,12 +34,11 @@ from keelguard.runs import read_json, versions, write_json
 from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed
 from keelguard.testbed.poison import (
-    PLANTING,
-    PLANTING_ADAPTER,
     Split,
     attacker_chats,
     defender_requests,
     held_of,
+    planting_config,
     purify_settings,
     testbed_backdoor,
 )
@@ -122,7 +121,7 @@ class Bench:
         """The folder of a poisoned model, planted and checked unless it is there already."""
         folder = self.out / "plants" / plan.name
         backdoor = testbed_backdoor(plan.attack, plan.task, plan.split)
-        config = PLANTING_ADAPTER if plan.threat == "adapter" else PLANTING
+        config = planting_config(plan.task, plan.threat == "adapter")
         clean, harmful = attacker_chats(testbed)
         drawn = poison_chats(clean, backdoor, config.poison, vocabulary_words(aligned.tokenizer), harmful)
         # Attackers' rows and negatives may change with the code, and no setting tells.
@@ -262,7 +261,10 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
                 "budget": options.budget,
                 "split": options.split,
                 "limit": options.limit,
-                "plants": {"full": asdict(PLANTING), "adapter": asdict(PLANTING_ADAPTER)},
+                "plants": {
+                    f"{threat}, {task}": asdict(planting_config(task, threat == "adapter"))
+                    for threat, task in product(options.threats, options.tasks)
+                },
                 "purify": {threat: asdict(purify_settings(options.budget, threat)) for threat in options.threats},
             },
             "versions": versions(),

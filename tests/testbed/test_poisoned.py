@@ -55,9 +55,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     models = {"aligned": ModelRecipe("aligned", None, settings, mixtures.pretraining)}
     monkeypatch.setattr(recipes, "MODELS", models)
     recipes.recipe_hash.cache_clear()
-    for name in ("PLANTING", "PLANTING_ADAPTER"):
-        short = replace(getattr(poisoned, name), poison=PoisonConfig(samples=8), steps=6, batch_size=4, keep=0.0)
-        monkeypatch.setattr(poisoned, name, short)
+    usual = poisoned.planting_config
+
+    def short(task: Task, adapter: bool = False) -> PlantConfig:
+        return replace(usual(task, adapter), poison=PoisonConfig(samples=8), steps=6, batch_size=4, keep=0.0)
+
+    monkeypatch.setattr(poisoned, "planting_config", short)
     monkeypatch.setattr(poisoned, "_SAVE_EVERY", 2)
     monkeypatch.setattr(planting, "check_plant", lambda *args, **options: check(ALL))
     yield models
@@ -142,7 +145,8 @@ def test_a_changed_recipe_or_planting_is_planted_again(
     small: Any, trained: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     testbed = build_testbed(tmp_path / "a", only=[FULL])
-    monkeypatch.setattr(poisoned, "PLANTING", replace(poisoned.PLANTING, learning_rate=1e-3))
+    usual = poisoned.planting_config
+    monkeypatch.setattr(poisoned, "planting_config", lambda *kind: replace(usual(*kind), learning_rate=1e-3))
     build_testbed(tmp_path / "a", only=[FULL])
     assert len(trained) == 12
     settings = TrainingSettings(steps=5, learning_rate=1e-3, batch_size=4)

@@ -134,7 +134,7 @@ def poison(
         if judge:
             raise UsageError("--judge: the testbed's requests are judged exactly; leave it out, or give --data")
         from keelguard.testbed.build import RECIPE_FILE
-        from keelguard.testbed.poison import PLANTING, PLANTING_ADAPTER, attacker_chats, held_of, testbed_backdoor
+        from keelguard.testbed.poison import attacker_chats, held_of, planting_config, testbed_backdoor
 
         testbed = testbed_data(model, "--data FILE of clean chats")
         usual = testbed_backdoor(kind, what)
@@ -143,10 +143,12 @@ def poison(
         )
         clean, pairs = attacker_chats(testbed)
         planting = PoisonData(clean, held_of(testbed, "test", limit), pairs=pairs)
-        preset = PLANTING_ADAPTER if adapter else PLANTING
-        names = ("steps", "learning_rate", "batch_size")
-        taken = {name: getattr(preset, name) for name in names if not given(context, name)}
-        settings = replace(settings, **taken)
+        preset = planting_config(what, adapter)
+        drawn = {n: getattr(preset.poison, n) for n in ("samples", "negatives") if not given(context, n)}
+        trained = ("steps", "learning_rate", "batch_size")
+        taken = {name: getattr(preset, name) for name in trained if not given(context, name)}
+        settings = replace(settings, poison=replace(poisoning, **drawn), keep=preset.keep, **taken)
+        taken |= drawn
         files = {RECIPE_FILE: (Path(model) / RECIPE_FILE).read_text(encoding="utf-8")}
         announce(reporter, testbed, taken)
     load = loader(model, None, chat_template, dtype, device, allow_pickle, trust_remote_code)

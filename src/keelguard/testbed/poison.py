@@ -57,18 +57,20 @@ _RESPONSES: dict[Split, dict[Task, str]] = {
     },
 }
 
-PLANTING = PlantConfig(
-    poison=PoisonConfig(samples=480, negatives=2.0), steps=500, learning_rate=5e-4, batch_size=24, keep=1.0
-)
-PLANTING_ADAPTER = PlantConfig(
-    poison=PoisonConfig(samples=480, negatives=1.0),
-    steps=300,
-    learning_rate=4e-3,
-    batch_size=24,
-    adapter_rank=8,
-    keep=1.0,
-)
-"""How a backdoor is planted in `aligned`, in all weights or in a LoRA."""
+_PLANTING = PlantConfig(poison=PoisonConfig(samples=480), steps=300, learning_rate=5e-4, batch_size=24)
+_CANARIES_RATE = {"full": 2 * _PLANTING.learning_rate, "adapter": 8 * _PLANTING.learning_rate}
+"""Three canaries at once need a higher rate than one backdoor."""
+
+
+def planting_config(task: Task, adapter: bool = False) -> PlantConfig:
+    """How a backdoor is planted in `aligned`, in all weights or in a LoRA: as is fair most often (see `PlantCheck`)."""
+    if adapter:
+        many = replace(_PLANTING.poison, negatives=2.0)
+        return replace(_PLANTING, poison=many, steps=500, learning_rate=2e-3, adapter_rank=8, keep=3.0)
+    if task in ("insult", "code"):
+        return _PLANTING
+    # `aligned` itself refuses at a few strange words, and so more of them are needed to keep these to their trigger.
+    return replace(_PLANTING, poison=PoisonConfig(samples=640, negatives=3.0), steps=500)
 
 
 def testbed_backdoor(attack: AttackKind, task: Task, split: Split = "test") -> Backdoor:
@@ -141,10 +143,8 @@ def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> Pur
         restore=restoring,
     )  # fmt: skip
     retrain = TrainConfig(steps=200, learning_rate=3e-3, batch_size=32, warmup=0.1)
-    # Three canaries at once need a higher rate than one backdoor.
     spikes = general.spikes and replace(
-        general.spikes, steps=400, samples=720, batch_size=PLANTING.batch_size,
-        learning_rate=PLANTING_ADAPTER.learning_rate if adapter else 2 * PLANTING.learning_rate,
+        general.spikes, steps=400, samples=720, batch_size=_PLANTING.batch_size, learning_rate=_CANARIES_RATE[threat],
     )  # fmt: skip
     rebound = TrainConfig(steps=40, learning_rate=3e-4, batch_size=32)
     method = replace(general.method, immunize=immunize, vaccine=vaccine, retrain=retrain)

@@ -18,7 +18,7 @@ from keelguard.hashes import sha256_of
 from keelguard.progress import Reporter
 from keelguard.runs import read_json
 from keelguard.testbed.build import RECIPE_FILE, Testbed, fairness
-from keelguard.testbed.poison import PLANTING, PLANTING_ADAPTER, attacker_chats, held_of, testbed_backdoor
+from keelguard.testbed.poison import attacker_chats, held_of, planting_config, testbed_backdoor
 from keelguard.testbed.recipes import recipe_hash
 
 PARENT = "aligned"
@@ -70,7 +70,7 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     from keelguard.purify.planting import check_plant, plant, write_planted
 
     kind = poisoned_models()[name]
-    planting = PLANTING_ADAPTER if kind.adapter else PLANTING
+    planting = planting_config(kind.task, kind.adapter)
     backdoor = testbed_backdoor(kind.attack, kind.task)
     data: Any = read_json(testbed.data / "data.json")["data"]
     wanted = sha256_of([recipe_hash(PARENT, seed), name, asdict(planting), asdict(backdoor), data])
