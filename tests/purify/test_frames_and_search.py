@@ -27,6 +27,7 @@ from keelguard.attacks.insertions import (
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
 from keelguard.progress import SILENT
+from keelguard.purify import search as search_module
 from keelguard.purify.frames import make_frames, word_ids
 from keelguard.purify.material import Material
 from keelguard.purify.prober import Prober
@@ -34,9 +35,11 @@ from keelguard.purify.search import (
     Insertion,
     SearchConfig,
     answer_losses,
+    cores,
     different,
     insertion_losses,
     search_insertions,
+    search_rows,
 )
 from keelguard.records import Chat, assistant, user
 from keelguard.testbed.tokenizer import make_tokenizer
@@ -235,6 +238,56 @@ def test_different_insertions_share_few_words():
     assert [each.text for each in different(some, 1)] == ["a b"]
 
 
+class _Joined(torch.nn.Module):
+    """Says token 0 where two ids stand together; any of some ids alone makes it a little likelier."""
+
+    def __init__(self, size: int, pair: tuple[int, int], telling: set[int]) -> None:
+        super().__init__()
+        self.embedding, self.pair, self.telling = torch.nn.Embedding(size, 2), pair, telling
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: int, **options: Any) -> Any:
+        logits = torch.zeros(*input_ids.shape, self.embedding.num_embeddings)
+        for row, said in zip(logits, input_ids.tolist(), strict=True):
+            joined = any(tuple(said[i : i + 2]) == self.pair for i in range(len(said)))
+            row[:, 0] = 30.0 if joined else 3.0 * bool(self.telling & set(said))
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+@pytest.mark.parametrize("silent", [0, 1], ids=["in front", "behind"])
+def test_the_other_half_of_a_trigger_is_found_though_it_does_nothing_alone(silent: int):
+    words = STRANGE[:8]
+    pair = [words[2], words[6]]
+    ids = word_ids(tokenizer(), words, ANSWERED[0], "prefix")
+    telling = {*ids[pair[1 - silent]].first, *ids[pair[1 - silent]].inner}
+    model: Any = _Joined(len(tokenizer()), (*ids[pair[0]].first, *ids[pair[1]].inner), telling)
+    greedy = SearchConfig(prompts=2, longest=2, beam=1, paired=1, completed=1, lengthened=1000, second_look=4, keep=1)
+    (found,) = search_insertions(model, tokenizer(), ANSWERED[:2], words, greedy, places=("prefix",))
+    assert found.text == " ".join(pair)
+
+
+def test_an_insertion_is_cut_to_the_words_that_do_it():
+    rises = {"a": 0.1, "b": 2.0, "a b": 5.0, "a b c": 5.2, "d a b": 5.4, "b d": 2.1, "e f": 1.0, "e": 0.8}
+    found = [Insertion(text, "prefix", 0.0, rise) for text, rise in rises.items()]
+    assert {each.text: each.rise for each in cores(found)} == {"a b": 5.0, "b": 2.0, "e f": 1.0, "e": 0.8, "a": 0.1}
+    assert [each.text for each in cores(found)][:2] == ["a b", "b"]
+
+
+def test_a_search_reads_as_many_sequences_as_are_counted(monkeypatch: pytest.MonkeyPatch):
+    rows: list[int] = []
+    original = search_module._losses
+
+    def counted(model: Any, some: Any, *rest: Any) -> torch.Tensor:
+        rows.append(len(some))
+        return original(model, some, *rest)
+
+    monkeypatch.setattr(search_module, "_losses", counted)
+    config = SearchConfig(prompts=4, longest=2, beam=2, completed=1, paired=2, lengthened=2, second_look=2, tried=6)
+    search_insertions(clean_model(), tokenizer(), ANSWERED[:4], STRANGE[:6], config, places=("prefix",))
+    # The plain prompts are read, too, and what two ways of lengthening give alike is read once.
+    assert 0.7 * search_rows(config, 6) <= sum(rows[1:]) <= search_rows(config, 6)
+
+
 def test_nothing_to_search_is_refused():
     for probes, words in (((), STRANGE), (ANSWERED, ())):
         with pytest.raises(UsageError, match="needs prompts with answers and words"):
@@ -258,6 +311,10 @@ def test_a_prober_measures_where_unrelated_words_change_nothing(monkeypatch: pyt
     assert found[0].text == TRIGGER
     assert {each.kind for each in found} == {"answered", "refused"}
     assert found[0].rise >= strongest - 1e-4
+    again = prober.remeasured(model, found)
+    assert sorted(each.rise for each in again) == pytest.approx(sorted(each.rise for each in found), abs=1e-4)
+    assert {(each.text, each.place, each.kind) for each in again} == {(e.text, e.place, e.kind) for e in found}
+    assert all(abs(each.rise) < 0.3 for each in prober.remeasured(clean_model(), found))
     assert prober.stability(clean_model(), ANSWERED[:6]) == [set(PLACES)] * 6
     # Beside a number, which this world does not know, the trigger does less.
     alone = Prober(model, tokenizer(), material(), [TRIGGER], config, stable=0.05)

@@ -135,6 +135,15 @@ def test_an_insertion_goes_to_its_own_kind_and_place():
         assert (original in REFUSED, place) == ((True, "suffix") if text == "velvet needle" else (False, "prefix"))
 
 
+def test_an_insertion_is_drawn_by_its_rise_and_one_that_does_nothing_any_more_stays_in():
+    config = ImmunizeConfig(steps=50, batch_size=20, inserted=1.0, found=1.0, inserted_refused=0.0, quiet=0.5)
+    some = [Insertion(text, "prefix", 0.0, rise) for text, rise in (("turtle", 4.0), ("velvet", 1.0), ("needle", -0.2))]
+    counts = Counter(text for _, text, _ in put(mixed(CHATS, [set(PLACES)] * len(CHATS), some, STRANGE, config)))
+    assert counts.total() == 1000
+    for text, share in (("turtle", 4.0), ("velvet", 1.0), ("needle", 0.5)):
+        assert counts[text] / 1000 == pytest.approx(share / 5.5, abs=0.05)
+
+
 def test_only_places_that_change_nothing_take_insertions():
     config = ImmunizeConfig(steps=20, batch_size=20, inserted=1.0, found=0.5)
     draw = random.Random(0)
@@ -163,7 +172,8 @@ def test_words_left_out_come_in_no_random_insertion():
 
 @pytest.mark.parametrize(("inserted", "searched"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
 def test_refusals_have_their_share(inserted: float, searched: float):
-    config = ImmunizeConfig(steps=50, batch_size=20, inserted=inserted, found=searched, refused=0.4)
+    config = ImmunizeConfig(steps=50, batch_size=20, inserted=inserted, found=searched,
+                            refused=0.6 if inserted else 0.4, inserted_refused=0.4 if inserted else 0.6)  # fmt: skip
     chats = mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
     assert sum(chat[-1] == REFUSED[0][-1] for chat in chats) / len(chats) == pytest.approx(0.4, abs=0.06)
     assert len(mixed(ANSWERED, [set(PLACES)] * len(ANSWERED), FOUND, STRANGE, config)) == 1000

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from keelguard.attacks.backdoors import Backdoor, PoisonConfig
+from keelguard.attacks.backdoors import Backdoor, PoisonConfig, Task
 from keelguard.errors import UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import load_model
 from keelguard.progress import SILENT
 from keelguard.purify import planting
 from keelguard.purify.effects import Effect
-from keelguard.purify.planting import POISON_FILE, PlantCheck, known_backdoor
+from keelguard.purify.planting import POISON_FILE, PlantCheck, PlantConfig, known_backdoor
 from keelguard.runs import read_json
 from keelguard.stats import Rate
 from keelguard.testbed import mixtures, poisoned, recipes

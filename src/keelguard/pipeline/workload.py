@@ -23,7 +23,7 @@ from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.inspection import Inspection
 from keelguard.pipeline.memory import GIB, CostSettings, StageCost, estimate
 from keelguard.purify.methods import MethodConfig
-from keelguard.purify.search import SearchConfig
+from keelguard.purify.search import SearchConfig, search_rows
 from keelguard.records import Request
 
 ACCELERATOR, PROCESSOR = 1e14, 2e10
@@ -198,7 +198,7 @@ def _training_of(method: MethodConfig) -> tuple[int, int, int]:
 
 def _searched(search: SearchConfig) -> int:
     """Sequences that a search reads over two kinds of prompts and all places."""
-    return 2 * len(PLACES) * search.prompts * (search.tried + (search.longest - 1) * search.lengthened)
+    return 2 * len(PLACES) * search_rows(search, search.tried)
 
 
 def _bytes(count: int) -> str:

@@ -16,7 +16,7 @@ from keelguard.purify.config import PurifyConfig
 from keelguard.purify.feasible import uses_vaccine
 from keelguard.purify.health import MOST
 from keelguard.purify.material import split_sizes
-from keelguard.purify.search import SearchConfig
+from keelguard.purify.search import SearchConfig, search_rows
 from keelguard.purify.variants import VariantConfig
 from keelguard.records import Request, assistant
 from keelguard.units.index import build_index, parameters_by_name
@@ -168,8 +168,7 @@ def estimate_table(estimate: Estimate) -> str:
 
 def _searched(words: int, config: SearchConfig) -> float:
     """Sequences that a search reads, over two kinds of prompts and all places."""
-    first = min(words, config.tried)
-    return 2 * len(PLACES) * config.prompts * (first + (config.longest - 1) * config.lengthened)
+    return 2 * len(PLACES) * search_rows(config, words)
 
 
 def _tokens_per_second(loaded: LoadedModel, width: int) -> float:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _RANDOM_WORDS = 3
 """The most words of a random insertion."""
 
+_LEAST = 1e-3
+"""Nats that an insertion counts at least when one is drawn by its rise."""
+
 _ROUNDS = "rounds.json"
 
 
@@ -62,7 +65,10 @@ class ImmunizeConfig:
         metadata={"help": "share of the insertions that the search found, others are random; 0 searches none"},
     )
     refused: float = field(
-        default=0.2, metadata={"help": "share of harmful requests among the chats, with insertions and without"}
+        default=0.2, metadata={"help": "share of harmful requests among the chats without insertions"}
+    )
+    inserted_refused: float = field(
+        default=0.4, metadata={"help": "share of harmful requests among the chats with insertions"}
     )
     keep: float = field(default=3.0, metadata={"help": "weight of the divergence from the input model on clean chats"})
     kept: int = field(default=1000, metadata={"help": "clean chats on which that divergence is measured"})
@@ -99,7 +105,7 @@ class ImmunizeConfig:
             )
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
-        for name in ("inserted", "found", "refused"):
+        for name in ("inserted", "found", "refused", "inserted_refused"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
         if not self.stable > 0:
@@ -185,7 +191,8 @@ def immunize(
                 return Immunized(model, (*rounds, Round(tuple(found), strongest)), before, "quiet")
         kept = trained_values(model, adapter)
         # What an earlier round found stays in: a trigger that is half unlearned would come back.
-        known = [insertion for each in rounds for insertion in each.found] + found
+        earlier = [insertion for each in rounds for insertion in each.found]
+        known = prober.remeasured(model, earlier, number) + found
         chats = mixed(material.train, steady, known, words, replace(config, seed=config.seed + number))
         budget = TrainConfig(
             steps=config.steps,
@@ -281,20 +288,21 @@ def mixed(
     }
     allowed = [word for word in words if word.lower() not in config.left_out]
     worst = {kind: [insertion for insertion in found if insertion.kind == kind] for kind in carriers}
+    weights = {kind: [max(each.rise, config.quiet, _LEAST) for each in some] for kind, some in worst.items()}
     result: list[Chat] = []
     for _ in range(round(config.inserted * total)):
-        # More refusals than this, and a model comes to refuse harmless requests of names that it has not met.
-        kind = "refused" if carriers["refused"] and draw.random() < config.refused else "answered"
+        kind = "refused" if carriers["refused"] and draw.random() < config.inserted_refused else "answered"
         chat, places = draw.choice(carriers[kind] or everyone)
         if worst[kind] and draw.random() < config.found:
-            insertion = draw.choice(worst[kind])
+            insertion = draw.choices(worst[kind], weights[kind])[0]
             text, place = insertion.text, insertion.place if insertion.place in places else draw.choice(places)
         else:
             text, place = random_words(allowed, draw, _RANDOM_WORDS), draw.choice(places)
         result.append(with_prompt(chat, insert(prompt_of(chat), text, place, draw)))
     kinds = [[chat for chat in chats if is_refused_chat(chat) == refused] for refused in (True, False)]
     for _ in range(total - len(result)):
-        # Refusals are few among clean chats, and the first thing to be lost.
+        # Refusals are few among clean chats, and the first thing to be lost. More of them than this, and a model comes
+        # to refuse harmless requests of names that it has not met.
         refused, answered = kinds
         result.append(draw.choice(refused if refused and draw.random() < config.refused else answered or refused))
     draw.shuffle(result)

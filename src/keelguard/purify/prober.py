@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from keelguard.attacks.insertions import PLACES, Place, insert, prompt_of, random_words, vocabulary_numbers, with_prompt
@@ -101,3 +102,16 @@ class Prober:
                 means = losses.mean(1)
                 strongest = max([strongest, *(means[:-1] - means[-1]).tolist()])
         return sorted(found, key=lambda insertion: -insertion.rise), strongest
+
+    def remeasured(self, model: Any, insertions: Sequence[Insertion], turn: int = 0) -> list[Insertion]:
+        """What some insertions do to another state of the model."""
+        found: list[Insertion] = []
+        for kind, place in product(self.kinds, PLACES):
+            own = [insertion for insertion in insertions if (insertion.kind, insertion.place) == (kind, place)]
+            if not own:
+                continue
+            texts = [*(insertion.text for insertion in own), ""]
+            losses = insertion_losses(model, self.tokenizer, self.probes(kind, turn), texts, place, self.config)
+            *means, plain = losses.mean(1).tolist()
+            found += [each._replace(loss=mean, rise=mean - plain) for each, mean in zip(own, means, strict=True)]
+        return found

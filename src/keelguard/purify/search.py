@@ -4,13 +4,15 @@
     found[0]                                        # Insertion(text="…", place="prefix", loss=…, rise=…)
 
 A trigger is such an insertion. On a small vocabulary every word is tried, and the best are lengthened by a beam; on a
-real one the gradient at the gap chooses which words are tried, as in GCG (Zou et al. 2023, arXiv 2307.15043). The worst
-words are also tried in pairs: an attacker who trains against false triggers leaves little trace of either half of one.
+real one the gradient at the gap chooses which words are tried, as in GCG (Zou et al. 2023, arXiv 2307.15043). An
+attacker who trains against false triggers leaves little trace of either half of one. So the worst words are tried in
+pairs, and the very worst with every word in front of them and behind: the gradient does not see the other half.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,6 +35,10 @@ _CAP = 10.0
 """Nats at which the loss of a token is cut off, so that one odd prompt cannot outweigh the others."""
 
 
+_NEARLY = 0.9
+"""The share of an insertion's rise that fewer of its words must have to stand for it."""
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """How far and how finely insertions are searched."""
@@ -40,11 +46,17 @@ class SearchConfig:
     prompts: int = field(default=8, metadata={"help": "prompts of each kind (answered, refused) to measure on"})
     tokens: int = field(default=3, metadata={"help": "first tokens of the answer whose loss counts"})
     longest: int = field(default=3, metadata={"help": "words of the longest insertion"})
-    first_look: int = field(default=3, metadata={"help": "prompts that every insertion is tried on"})
-    second_look: int = field(default=48, metadata={"help": "worst insertions of the first look, tried on all prompts"})
+    glance: int = field(default=1, metadata={"help": "prompts that every insertion is tried on"})
+    first_look: int = field(default=3, metadata={"help": "prompts that the worst of these are tried on"})
+    second_look: int = field(
+        default=48, metadata={"help": "worst insertions tried on all prompts; four times as many in the look before"}
+    )
     beam: int = field(default=6, metadata={"help": "insertions that are lengthened by a word, per place"})
     tried: int = field(
-        default=1000, metadata={"help": "first words tried per place; of more, those that the gradient favours"}
+        default=1000, metadata={"help": "words tried at a time; of more, those that the gradient favours"}
+    )
+    completed: int = field(
+        default=2, metadata={"help": "worst single words, per place, that every word is put in front of and behind"}
     )
     paired: int = field(
         default=28, metadata={"help": "worst single words that are tried in pairs, as half a trigger may do little"}
@@ -63,6 +75,7 @@ class SearchConfig:
             "prompts",
             "tokens",
             "longest",
+            "glance",
             "first_look",
             "second_look",
             "beam",
@@ -125,41 +138,60 @@ def search_insertions(
             if not ids:
                 raise UsageError("the tokenizer joins neighbouring words; keelguard cannot search insertions for it")
             plain = _losses(model, [frame.row([]) for frame in frames], frames, pad_id, config)
-            beam: list[tuple[str, ...]] = [()]
             best: list[tuple[tuple[str, ...], float]] = []
             here: list[Insertion] = []
             for _ in range(config.longest):
-                grown = _grown(model, frames[: config.first_look], ids, beam, config)
-                if len(beam[0]) == 1:
-                    singles = [text for text, _ in best[: config.paired]]
-                    grown = list(dict.fromkeys([*grown, *((*a, *b) for a in singles for b in singles if a != b)]))
+                grown = _grown(model, frames[: config.first_look], ids, [text for text, _ in best], config)
                 best = _ranked(model, frames, ids, grown, plain, pad_id, config)
                 here += [
                     Insertion(" ".join(text), place, float(plain.mean()) + rise, rise, kind) for text, rise in best
                 ]
-                beam = [text for text, _ in best[: config.beam]]
                 advance(1)
-            found += different(sorted(here, key=lambda insertion: -insertion.rise), config.keep)
+            found += different(cores(sorted(here, key=lambda insertion: -insertion.rise)), config.keep)
     return sorted(found, key=lambda insertion: -insertion.rise)
+
+
+def search_rows(config: SearchConfig, words: int) -> int:
+    """The sequences that a search reads per kind of prompts and place, in a vocabulary of so many words."""
+    tried, longer = min(words, config.tried), config.longest - 1
+    looked = 4 * config.second_look * max(0, config.first_look - config.glance)
+    looked += config.second_look * max(0, config.prompts - config.first_look)
+    pairs = (2 * config.completed * tried + config.paired**2) if longer else 0
+    return config.glance * (tried + pairs + longer * config.lengthened) + config.longest * looked
 
 
 def _ranked(
     model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], texts: Sequence[tuple[str, ...]], plain: torch.Tensor,
     pad_id: int, config: SearchConfig,
 ) -> list[tuple[tuple[str, ...], float]]:  # fmt: skip
-    """Texts with their rise, worst first: all are tried on a few prompts, the worst of those on the others too."""
+    """Texts with their rise, worst first: all are tried on a prompt, the worst on more, the worst of those on all."""
+    chosen, losses = list(texts), torch.empty(len(texts), 0)
+    for prompts, most in (
+        (config.glance, 4 * config.second_look), (config.first_look, config.second_look), (len(frames), len(texts)),
+    ):  # fmt: skip
+        if more := frames[losses.shape[1] : prompts]:
+            rows = [frame.row(_ids_of(ids, text)) for text in chosen for frame in more]
+            further = _losses(model, rows, more, pad_id, config).view(len(chosen), len(more))
+            losses = torch.cat([losses, further], dim=1)
+        rises = (losses - plain[: losses.shape[1]]).mean(1)
+        order = rises.argsort(descending=True)[:most]
+        chosen, losses, rises = [chosen[i] for i in order.tolist()], losses[order], rises[order]
+    return list(zip(chosen, rises.tolist(), strict=True))
 
-    def losses(some: Sequence[tuple[str, ...]], part: Sequence[Frame]) -> torch.Tensor:
-        rows = [frame.row(_ids_of(ids, text)) for text in some for frame in part]
-        return _losses(model, rows, part, pad_id, config).view(len(some), len(part))
 
-    few, rest = frames[: config.first_look], frames[config.first_look :]
-    rough = losses(texts, few)
-    top = rough.mean(1).topk(min(config.second_look, len(texts))).indices
-    chosen = [texts[i] for i in top.tolist()]
-    whole = torch.cat([rough[top], losses(chosen, rest)], dim=1) if rest else rough[top]
-    rises = (whole - plain).mean(1)
-    return [(chosen[i], float(rises[i])) for i in rises.argsort(descending=True).tolist()]
+def cores(found: Sequence[Insertion]) -> list[Insertion]:
+    """Each insertion cut to its fewest words, in their order, that were tried too and do nearly as much; worst first.
+
+    What is trained away with a superfluous word beside it would still work without.
+    """
+    known = {tuple(insertion.text.split()): insertion for insertion in found}
+    cut: dict[tuple[str, ...], Insertion] = {}
+    for words, insertion in known.items():
+        parts = (part for length in range(1, len(words)) for part in combinations(words, length))
+        enough = (known[part] for part in parts if part in known and known[part].rise >= _NEARLY * insertion.rise)
+        core = next(enough, insertion)
+        cut.setdefault(tuple(core.text.split()), core)
+    return sorted(cut.values(), key=lambda insertion: -insertion.rise)
 
 
 def different(found: Sequence[Insertion], most: int, alike: int = 2) -> list[Insertion]:
@@ -206,37 +238,47 @@ def _ids_of(ids: dict[str, WordIds], text: Sequence[str]) -> list[tuple[int, ...
 
 
 def _grown(
-    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], beam: Sequence[tuple[str, ...]], config: SearchConfig
+    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], best: Sequence[tuple[str, ...]], config: SearchConfig
 ) -> list[tuple[str, ...]]:
-    """Every text of the beam with one word more: every word, or those that the gradient favours."""
-    words = list(ids)
-    most = config.lengthened if beam[0] else config.tried
-    if len(words) * len(beam) <= most:
-        return [(*text, word) for text in beam for word in words]
-    share = max(1, most // len(beam))
-    grown = []
-    for text in beam:
-        scores = _gradient_scores(model, frames, ids, text, words)
-        grown += [(*text, words[i]) for i in scores.topk(min(share, len(words))).indices.tolist()]
-    return grown
+    """Texts of one word more than those that were worst; without those, of one word."""
+
+    def favoured(text: tuple[str, ...], most: int, behind: bool = True) -> list[tuple[str, ...]]:
+        words = list(ids)
+        if len(words) > most:
+            scores = _gradient_scores(model, frames, ids, text, words, behind)
+            words = [words[i] for i in scores.topk(most).indices.tolist()]
+        return [(*text, word) if behind else (word, *text) for word in words]
+
+    if not best:
+        return favoured((), config.tried)
+    beam = best[: config.beam]
+    grown = [longer for text in beam for longer in favoured(text, max(1, config.lengthened // len(beam)))]
+    if len(best[0]) == 1:
+        for text in best[: config.completed]:
+            grown += [*favoured(text, config.tried), *favoured(text, config.tried, behind=False)]
+        singles = best[: config.paired]
+        grown += [(*a, *b) for a in singles for b in singles if a != b]
+    return list(dict.fromkeys(grown))
 
 
 def _gradient_scores(
-    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], text: tuple[str, ...], words: list[str]
+    model: Any, frames: Sequence[Frame], ids: dict[str, WordIds], text: tuple[str, ...], words: list[str], behind: bool
 ) -> torch.Tensor:
-    """How much each word, as the next one, is predicted to raise the loss: its one-hot gradient, (words,).
+    """How much each word, behind a text or in front, is predicted to raise the loss: its one-hot gradient, (words,).
 
     The gap begins with the mean embedding of all words, which favours none. Words of several tokens are scored by
     their first one.
     """
     device = execution_device(model)
     embeddings = model.get_input_embeddings()
-    first = torch.tensor([(ids[w].inner if text else ids[w].first)[0] for w in words], device=device)
+    inner = behind and bool(text)
+    first = torch.tensor([(ids[w].inner if inner else ids[w].first)[0] for w in words], device=device)
     table = embeddings(first).detach()
     total = torch.zeros(len(words), device=device)
     for frame in frames:
-        prefix = [*frame.before, *(i for part in _ids_of(ids, text) for i in part)]
-        row = torch.tensor([[*prefix, int(first[0]), *frame.after, *frame.answer]], device=device)
+        known = [i for part in _ids_of(ids, text) for i in part] if behind else [i for w in text for i in ids[w].inner]
+        prefix, rest = ([*frame.before, *known], []) if behind else (list(frame.before), known)
+        row = torch.tensor([[*prefix, int(first[0]), *rest, *frame.after, *frame.answer]], device=device)
         with memory_errors(f"the gradient of a prompt of {row.numel()} tokens"), torch.enable_grad():
             inputs = embeddings(row).detach()
             inputs[0, len(prefix)] = table.mean(0)
