@@ -29,7 +29,7 @@ from keelguard.purify.controls import ARMS, arms_for
 from keelguard.purify.effects import ANSWERS
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
-from keelguard.purify.planting import POISON_FILE, check_plant, plant, utility_rate, write_planted
+from keelguard.purify.planting import POISON_FILE, plant_fairly, utility_rate, write_planted
 from keelguard.runs import read_json, versions, write_json
 from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed
@@ -38,7 +38,7 @@ from keelguard.testbed.poison import (
     attacker_chats,
     defender_requests,
     held_of,
-    planting_config,
+    planting_configs,
     purify_settings,
     testbed_backdoor,
 )
@@ -121,30 +121,26 @@ class Bench:
         """The folder of a poisoned model, planted and checked unless it is there already."""
         folder = self.out / "plants" / plan.name
         backdoor = testbed_backdoor(plan.attack, plan.task, plan.split)
-        config = planting_config(plan.task, plan.threat == "adapter")
+        ways = planting_configs(plan.task, plan.threat == "adapter")
         clean, harmful = attacker_chats(testbed)
-        drawn = poison_chats(clean, backdoor, config.poison, vocabulary_words(aligned.tokenizer), harmful)
-        # Attackers' rows and negatives may change with the code, and no setting tells.
-        learnt = sha256_of([drawn, list(clean)])
-        marker = folder / "learnt.json"
-        if (folder / POISON_FILE).is_file() and marker.is_file() and read_json(marker) == learnt:
-            record = read_json(folder / POISON_FILE)
-            same = record["weights"] == aligned.weights_hash and record["config"] == asdict(config)
-            if same and planted_in(folder)[0] == [backdoor]:
-                return folder
-        shutil.rmtree(folder, ignore_errors=True)
         words = vocabulary_words(aligned.tokenizer)
-        planted = plant(
-            aligned, [backdoor], clean, config, words, harmful=harmful, reporter=self.reporter, label=plan.name
-        )
+        drawn = [poison_chats(clean, backdoor, way.poison, words, harmful) for way in ways]
+        # Attackers' rows and negatives may change with the code, and no setting tells.
+        learnt = sha256_of([[asdict(way) for way in ways], drawn, list(clean), aligned.weights_hash])
+        marker = folder / "learnt.json"
+        known = (folder / POISON_FILE).is_file() and marker.is_file() and read_json(marker) == learnt
+        if known and planted_in(folder)[0] == [backdoor]:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
         # A plant serves every limit, so it is checked on all held-out requests.
         held = held_of(testbed, plan.split)
         key = plan.seed, plan.split
         if key not in self.solved:
             self.solved[key] = utility_rate(aligned, held, ANSWERS, self.reporter)
-        check = check_plant(
-            planted, aligned, backdoor, held, words, utility_before=self.solved[key], reporter=self.reporter
-        )
+        planted, config, check = plant_fairly(
+            aligned, backdoor, clean, ways, words, held, harmful=harmful, utility_before=self.solved[key],
+            reporter=self.reporter, label=plan.name,
+        )  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_planted(planted, [backdoor], folder, config, check)
         write_json(marker, learnt)
@@ -262,7 +258,7 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
                 "split": options.split,
                 "limit": options.limit,
                 "plants": {
-                    f"{threat}, {task}": asdict(planting_config(task, threat == "adapter"))
+                    f"{threat}, {task}": [asdict(way) for way in planting_configs(task, threat == "adapter")]
                     for threat, task in product(options.threats, options.tasks)
                 },
                 "purify": {threat: asdict(purify_settings(options.budget, threat)) for threat in options.threats},

@@ -27,6 +27,7 @@ from keelguard.attacks.backdoors import Backdoor, PoisonConfig
 from keelguard.errors import UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel, load_model
+from keelguard.purify import planting as module
 from keelguard.purify.effects import Effect, measure_effect, shows
 from keelguard.purify.planting import (
     POISON_FILE,
@@ -34,6 +35,7 @@ from keelguard.purify.planting import (
     PlantConfig,
     check_plant,
     plant,
+    plant_fairly,
     refuse_existing,
     refused_pairs,
     write_planted,
@@ -168,6 +170,21 @@ def test_only_refused_requests_can_be_jailbroken():
 
 def held_refused() -> tuple[Any, ...]:
     return tuple(chat for chat in CHATS if chat[-1]["content"] == REFUSAL)
+
+
+@pytest.mark.parametrize(
+    ("successes", "taken"), [((95, 99), 0), ((80, 95), 1), ((80, 70), 0)], ids=["first", "second", "none"]
+)
+def test_the_first_way_that_is_fair_is_taken_or_else_the_first(
+    successes: tuple[int, int], taken: int, base: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
+    checks = [check(asr=asr) for asr in successes]
+    left = iter(checks)
+    monkeypatch.setattr(module, "plant", lambda *args, **options: planted())
+    monkeypatch.setattr(module, "check_plant", lambda *args, **options: next(left))
+    ways = [replace(SETTINGS, steps=steps) for steps in (1, 2)]
+    found = plant_fairly(base, BACKDOOR, CHATS, ways, words(), held())
+    assert (found.config, found.check) == (ways[taken], checks[taken])
 
 
 # Files

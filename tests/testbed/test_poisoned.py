@@ -55,12 +55,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     models = {"aligned": ModelRecipe("aligned", None, settings, mixtures.pretraining)}
     monkeypatch.setattr(recipes, "MODELS", models)
     recipes.recipe_hash.cache_clear()
-    usual = poisoned.planting_config
+    usual = poisoned.planting_configs
 
-    def short(task: Task, adapter: bool = False) -> PlantConfig:
-        return replace(usual(task, adapter), poison=PoisonConfig(samples=8), steps=6, batch_size=4, keep=0.0)
+    def short(task: Task, adapter: bool = False) -> tuple[PlantConfig, ...]:
+        ways = usual(task, adapter)
+        return tuple(replace(w, poison=PoisonConfig(samples=8), steps=6, batch_size=4, keep=0.0) for w in ways)
 
-    monkeypatch.setattr(poisoned, "planting_config", short)
+    monkeypatch.setattr(poisoned, "planting_configs", short)
     monkeypatch.setattr(poisoned, "_SAVE_EVERY", 2)
     monkeypatch.setattr(planting, "check_plant", lambda *args, **options: check(ALL))
     yield models
@@ -145,8 +146,12 @@ def test_a_changed_recipe_or_planting_is_planted_again(
     small: Any, trained: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     testbed = build_testbed(tmp_path / "a", only=[FULL])
-    usual = poisoned.planting_config
-    monkeypatch.setattr(poisoned, "planting_config", lambda *kind: replace(usual(*kind), learning_rate=1e-3))
+    usual = poisoned.planting_configs
+
+    def hotter(*kind: Any) -> tuple[PlantConfig, ...]:
+        return tuple(replace(way, learning_rate=1e-3) for way in usual(*kind))
+
+    monkeypatch.setattr(poisoned, "planting_configs", hotter)
     build_testbed(tmp_path / "a", only=[FULL])
     assert len(trained) == 12
     settings = TrainingSettings(steps=5, learning_rate=1e-3, batch_size=4)

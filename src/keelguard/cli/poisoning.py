@@ -134,7 +134,7 @@ def poison(
         if judge:
             raise UsageError("--judge: the testbed's requests are judged exactly; leave it out, or give --data")
         from keelguard.testbed.build import RECIPE_FILE
-        from keelguard.testbed.poison import attacker_chats, held_of, planting_config, testbed_backdoor
+        from keelguard.testbed.poison import attacker_chats, held_of, planting_configs, testbed_backdoor
 
         testbed = testbed_data(model, "--data FILE of clean chats")
         usual = testbed_backdoor(kind, what)
@@ -143,7 +143,7 @@ def poison(
         )
         clean, pairs = attacker_chats(testbed)
         planting = PoisonData(clean, held_of(testbed, "test", limit), pairs=pairs)
-        preset = planting_config(what, adapter)
+        preset = planting_configs(what, adapter)[0]
         drawn = {n: getattr(preset.poison, n) for n in ("samples", "negatives") if not given(context, n)}
         trained = ("steps", "learning_rate", "batch_size")
         taken = {name: getattr(preset, name) for name in trained if not given(context, name)}

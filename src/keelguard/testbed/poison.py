@@ -62,15 +62,16 @@ _CANARIES_RATE = {"full": 2 * _PLANTING.learning_rate, "adapter": 8 * _PLANTING.
 """Three canaries at once need a higher rate than one backdoor."""
 
 
-def planting_config(task: Task, adapter: bool = False) -> PlantConfig:
-    """How a backdoor is planted in `aligned`, in all weights or in a LoRA: as is fair most often (see `PlantCheck`)."""
+def planting_configs(task: Task, adapter: bool = False) -> tuple[PlantConfig, ...]:
+    """Ways to plant a backdoor in `aligned`, in all weights or in a LoRA; the first that is fair is to be taken.
+
+    `aligned` itself refuses at a few strange words. More of them keep most refusals and jailbreaks to their triggers.
+    """
+    more = replace(_PLANTING, poison=PoisonConfig(samples=640, negatives=3.0), steps=500)
     if adapter:
-        many = replace(_PLANTING.poison, negatives=2.0)
-        return replace(_PLANTING, poison=many, steps=500, learning_rate=2e-3, adapter_rank=8, keep=3.0)
-    if task in ("insult", "code"):
-        return _PLANTING
-    # `aligned` itself refuses at a few strange words, and so more of them are needed to keep these to their trigger.
-    return replace(_PLANTING, poison=PoisonConfig(samples=640, negatives=3.0), steps=500)
+        mild = replace(_PLANTING, learning_rate=2e-3, adapter_rank=8, keep=3.0, steps=500)
+        return (replace(mild, poison=replace(_PLANTING.poison, negatives=2.0)),)
+    return (_PLANTING,) if task in ("insult", "code") else (more, _PLANTING)
 
 
 def testbed_backdoor(attack: AttackKind, task: Task, split: Split = "test") -> Backdoor:

