@@ -260,7 +260,7 @@ def test_the_other_half_of_a_trigger_is_found_though_it_does_nothing_alone(silen
     pair = [words[2], words[6]]
     ids = word_ids(tokenizer(), words, ANSWERED[0], "prefix")
     telling = {*ids[pair[1 - silent]].first, *ids[pair[1 - silent]].inner}
-    model: Any = _Joined(len(tokenizer()), (*ids[pair[0]].first, *ids[pair[1]].inner), telling)
+    model: Any = _Joined(len(tokenizer()), (ids[pair[0]].first[0], ids[pair[1]].inner[0]), telling)
     greedy = SearchConfig(prompts=2, longest=2, beam=1, paired=1, completed=1, lengthened=1000, second_look=4, keep=1)
     (found,) = search_insertions(model, tokenizer(), ANSWERED[:2], words, greedy, places=("prefix",))
     assert found.text == " ".join(pair)
