@@ -302,7 +302,11 @@ def retrain(
     if total < 2:
         return Purified(replace(subject.loaded, model=plain.model), losses=tuple(plain.losses))
     second = replace(training, steps=total - first.steps, seed=training.seed + 1)
-    words = replace(hardening, steps=second.steps, batch_size=second.batch_size, seed=second.seed)
+    words = replace(
+        hardening, steps=second.steps, batch_size=second.batch_size, seed=second.seed,
+        # Random words undo no refusal that more of them would have to make good.
+        inserted_refused=hardening.refused,
+    )  # fmt: skip
     prober = Prober(plain.model, tokenizer, subject.material, subject.words, words.search, words.stable)
     strange = mixed(chats, prober.stability(plain.model, chats), [], subject.words, words)
     result = train_on_chats(
