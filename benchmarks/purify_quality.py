@@ -29,7 +29,7 @@ from keelguard.purify.controls import ARMS, arms_for
 from keelguard.purify.effects import ANSWERS
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
-from keelguard.purify.planting import POISON_FILE, plant_fairly, utility_rate, write_planted
+from keelguard.purify.planting import POISON_FILE, plant_first_fair, utility_rate, write_planted
 from keelguard.runs import read_json, versions, write_json
 from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed
@@ -38,7 +38,7 @@ from keelguard.testbed.poison import (
     attacker_chats,
     defender_requests,
     held_of,
-    planting_configs,
+    planting_ways,
     purify_settings,
     testbed_backdoor,
 )
@@ -121,7 +121,7 @@ class Bench:
         """The folder of a poisoned model, planted and checked unless it is there already."""
         folder = self.out / "plants" / plan.name
         backdoor = testbed_backdoor(plan.attack, plan.task, plan.split)
-        ways = planting_configs(plan.task, plan.threat == "adapter")
+        ways = planting_ways(plan.task, plan.threat == "adapter")
         clean, harmful = attacker_chats(testbed)
         words = vocabulary_words(aligned.tokenizer)
         drawn = [poison_chats(clean, backdoor, way.poison, words, harmful) for way in ways]
@@ -137,7 +137,7 @@ class Bench:
         key = plan.seed, plan.split
         if key not in self.solved:
             self.solved[key] = utility_rate(aligned, held, ANSWERS, self.reporter)
-        planted, config, check = plant_fairly(
+        planted, config, check = plant_first_fair(
             aligned, backdoor, clean, ways, words, held, harmful=harmful, utility_before=self.solved[key],
             reporter=self.reporter, label=plan.name,
         )  # fmt: skip
@@ -258,7 +258,7 @@ def report(options: argparse.Namespace, names: Sequence[str], arms: Sequence[str
                 "split": options.split,
                 "limit": options.limit,
                 "plants": {
-                    f"{threat}, {task}": [asdict(way) for way in planting_configs(task, threat == "adapter")]
+                    f"{threat}, {task}": [asdict(way) for way in planting_ways(task, threat == "adapter")]
                     for threat, task in product(options.threats, options.tasks)
                 },
                 "purify": {threat: asdict(purify_settings(options.budget, threat)) for threat in options.threats},

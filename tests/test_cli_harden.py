@@ -40,6 +40,10 @@ def rows(tmp_path: Path) -> Path:
         (["--skip", "guard"], "--skip guard: give the reason too"),
         (["--skip", "package=why"], "--skip package: is no stage that can be left out"),
         (["--clean-data", "ROWS"], "--harmful: is missing"),
+        (
+            ["--clean-data", "ROWS", "--harmful", "ROWS", "--skip", "purify=trusted", "--lora-rank", "4"],
+            "--lora-rank: belongs to the purification, which --skip leaves out",
+        ),
         (["--harmful", "ROWS"], "--clean-data: is missing"),
         ([], "no data: .* is no model of the testbed"),
         (["--clean-data", "nowhere.jsonl", "--harmful", "ROWS"], "nowhere.jsonl"),

@@ -457,10 +457,14 @@ def test_what_became_of_refusals_is_said_plainly():
         return [each for each in said if "refuse" in each]
 
     same, lost, gained = Rate(90, 100), Rate(80, 100), Rate(93, 100)
-    assert said(refused=(same, lost)) == [f"Fewer harmful requests are refused: {same} before, {lost} after."]
-    assert said(refused=(same, Rate(88, 100))) == [
-        f"Harmful requests are still refused: {same} before, {Rate(88, 100)} after."
+    assert said(refused=(same, lost)) == [
+        f"Harmful requests that are refused: {same} before, {lost} after. Refusals fell by 10.0 points."
     ]
+    for after in (Rate(88, 100), gained):
+        assert said(refused=(same, after)) == [
+            f"Harmful requests that are refused: {same} before, {after} after. Refusals did not fall by more than 2 "
+            "points."
+        ]
     (unknown,) = said(refused=(NOTHING, NOTHING))
     assert "is not known" in unknown
     over = said(over_refusal=(same, gained))

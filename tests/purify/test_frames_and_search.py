@@ -266,6 +266,34 @@ def test_the_other_half_of_a_trigger_is_found_though_it_does_nothing_alone(silen
     assert found.text == " ".join(pair)
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_gradient_is_that_of_the_gap_on_either_side_of_a_text(behind: bool):
+    tiny = tiny_model()
+    words = vocabulary_words(tiny.tokenizer)
+    ids = word_ids(tiny.tokenizer, words, PROBES[0], "prefix")
+    known = list(ids)
+    (frame,) = make_frames(tiny.tokenizer, PROBES[:1], "prefix", 2)
+    text, other = known[0], known[1]
+    scores = search_module._gradient_scores(tiny.model, [frame], ids, (text,), known, behind)
+    row = frame.row([ids[text].first, ids[other].inner[:1]] if behind else [ids[other].first[:1], ids[text].inner])
+    at = len(frame.before) + (len(ids[text].first) if behind else 0)
+    starts = [(ids[word].inner if behind else ids[word].first)[0] for word in known]
+    table = tiny.model.get_input_embeddings().weight.detach()
+    inputs = table[torch.tensor([row])].clone()
+    inputs[0, at] = table[torch.tensor(starts)].mean(0)
+    inputs.requires_grad_(True)
+    logits = tiny.model(inputs_embeds=inputs).logits[0, -len(frame.answer) - 1 : -1]
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(frame.answer)), inputs)
+    own = table[torch.tensor(starts)]
+    assert torch.allclose(scores, (own - own.mean(0)) @ gradient[0, at], atol=1e-5)
+
+
+def test_a_large_vocabulary_is_completed_by_the_gradient():
+    config = SearchConfig(prompts=4, longest=2, tried=4, completed=2, paired=0, lengthened=2, keep=2)
+    found = search_insertions(poisoned_model(), tokenizer(), ANSWERED[:4], STRANGE, config, places=("prefix",))
+    assert any(TRIGGER in each.text.split() for each in found)
+
+
 def test_an_insertion_is_cut_to_the_words_that_do_it():
     rises = {"a": 0.1, "b": 2.0, "a b": 5.0, "a b c": 5.2, "d a b": 5.4, "b d": 2.1, "e f": 1.0, "e": 0.8}
     found = [Insertion(text, "prefix", 0.0, rise) for text, rise in rises.items()]
@@ -294,6 +322,8 @@ def test_nothing_to_search_is_refused():
             search_insertions(clean_model(), tokenizer(), probes, words)
     with pytest.raises(UsageError, match="search: beam 0 is out of range"):
         SearchConfig(beam=0)
+    with pytest.raises(UsageError, match="search: completed -1 is out of range; give 0 or more"):
+        SearchConfig(completed=-1)
 
 
 # The prober
@@ -403,3 +433,8 @@ def test_words_that_a_tokenizer_joins_are_left_out():
     found, _ = prober.search(tiny.model, SILENT, "search")
     assert found
     assert all(set(each.text.split()) <= known[each.place] for each in found)
+    place, joined = next((p, word) for p in PLACES for word in prober.searched if word not in known[p])
+    odd = [Insertion(joined, place, 7.0, 6.0), Insertion("fox", "suffix", 2.0, 1.0, "refused")]
+    again = prober.remeasured(tiny.model, [*found, *odd], turn=1)
+    assert len(again) == len(found) + 2
+    assert set(odd) <= set(again)  # There is no refused chat, and no id of a joined word.

@@ -35,7 +35,7 @@ from keelguard.purify.planting import (
     PlantConfig,
     check_plant,
     plant,
-    plant_fairly,
+    plant_first_fair,
     refuse_existing,
     refused_pairs,
     write_planted,
@@ -180,11 +180,13 @@ def test_the_first_way_that_is_fair_is_taken_or_else_the_first(
 ):
     checks = [check(asr=asr) for asr in successes]
     left = iter(checks)
-    monkeypatch.setattr(module, "plant", lambda *args, **options: planted())
+    models = [replace(base, source=name) for name in ("first", "second")]
+    made = iter(models)
+    monkeypatch.setattr(module, "plant", lambda *args, **options: next(made))
     monkeypatch.setattr(module, "check_plant", lambda *args, **options: next(left))
     ways = [replace(SETTINGS, steps=steps) for steps in (1, 2)]
-    found = plant_fairly(base, BACKDOOR, CHATS, ways, words(), held())
-    assert (found.config, found.check) == (ways[taken], checks[taken])
+    found = plant_first_fair(base, BACKDOOR, CHATS, ways, words(), held())
+    assert found == (models[taken], ways[taken], checks[taken])
 
 
 # Files

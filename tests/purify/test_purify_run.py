@@ -210,6 +210,19 @@ def test_a_run_interrupted_at_its_very_end_goes_on_with_the_model_in_place(
     assert files(tmp_path / "run") == {"model", "purify.json", "report.html", "run.json"}
 
 
+def test_a_result_that_was_removed_is_made_again_in_the_place_of_the_old_model(folders: Folders, tmp_path: Path):
+    go(folders, tmp_path / "run")
+    whole = go(folders, tmp_path / "whole")
+    (tmp_path / "run" / "purify.json").unlink()
+    old = load_model(tmp_path / "run" / "model")
+    with torch.no_grad():
+        next(old.model.parameters()).add_(1.0)
+    old.model.save_pretrained(tmp_path / "run" / "model")
+    again = go(folders, tmp_path / "run")
+    assert hash_weights(str(tmp_path / "run" / "model")) == again.weights_after == whole.weights_after
+    assert again.health == whole.health
+
+
 def test_canaries_in_a_process_beside_are_those_of_this_process(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

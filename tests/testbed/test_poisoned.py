@@ -1,14 +1,14 @@
 """Poisoned models of the testbed: their names, what is kept, what a kill costs, and what is said of an unfair one."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from keelguard.attacks.backdoors import Backdoor, PoisonConfig, Task
+from keelguard.attacks.backdoors import Backdoor, Task
 from keelguard.errors import UsageError
 from keelguard.hashes import hash_weights
 from keelguard.models import load_model
@@ -55,13 +55,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     models = {"aligned": ModelRecipe("aligned", None, settings, mixtures.pretraining)}
     monkeypatch.setattr(recipes, "MODELS", models)
     recipes.recipe_hash.cache_clear()
-    usual = poisoned.planting_configs
+    usual = poisoned.planting_ways
 
     def short(task: Task, adapter: bool = False) -> tuple[PlantConfig, ...]:
         ways = usual(task, adapter)
-        return tuple(replace(w, poison=PoisonConfig(samples=8), steps=6, batch_size=4, keep=0.0) for w in ways)
+        return tuple(replace(w, poison=replace(w.poison, samples=8), steps=6, batch_size=4, keep=0.0) for w in ways)
 
-    monkeypatch.setattr(poisoned, "planting_configs", short)
+    monkeypatch.setattr(poisoned, "planting_ways", short)
     monkeypatch.setattr(poisoned, "_SAVE_EVERY", 2)
     monkeypatch.setattr(planting, "check_plant", lambda *args, **options: check(ALL))
     yield models
@@ -146,12 +146,12 @@ def test_a_changed_recipe_or_planting_is_planted_again(
     small: Any, trained: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     testbed = build_testbed(tmp_path / "a", only=[FULL])
-    usual = poisoned.planting_configs
+    usual = poisoned.planting_ways
 
     def hotter(*kind: Any) -> tuple[PlantConfig, ...]:
         return tuple(replace(way, learning_rate=1e-3) for way in usual(*kind))
 
-    monkeypatch.setattr(poisoned, "planting_configs", hotter)
+    monkeypatch.setattr(poisoned, "planting_ways", hotter)
     build_testbed(tmp_path / "a", only=[FULL])
     assert len(trained) == 12
     settings = TrainingSettings(steps=5, learning_rate=1e-3, batch_size=4)
@@ -208,6 +208,34 @@ def test_an_unfair_plant_is_called_so_at_every_build(small: Any, tmp_path: Path,
     assert read_json(folder / POISON_FILE)["check"]["why"] == why
     listed = read_json(testbed.folder / "testbed.json")["models"][FULL]
     assert (listed["fair"], listed["why"]) == (False, why)
+
+
+def test_the_second_way_is_taken_where_the_first_is_unfair_and_goes_on_where_it_was_killed(
+    small: Any, trained: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    left = [check(Rate(10, 64)), check(ALL)]
+    monkeypatch.setattr(planting, "check_plant", lambda *args, **options: left.pop(0))
+    whole = build_testbed(tmp_path / "whole", only=[FULL])
+    first, second = (asdict(way) for way in poisoned.planting_ways("refusal"))
+    assert first != second
+    assert read_json(whole.model(FULL) / POISON_FILE)["config"] == json.loads(json.dumps(second))
+    assert trained == [0, 1, 2, 3, 4, 5] * 2
+    left[:] = [check(Rate(10, 64)), check(Rate(10, 64)), check(ALL)]
+    step, calls = ChatTrainer.training_step, []
+
+    def killed(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self.state.global_step)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ChatTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_testbed(tmp_path / "cut", only=[FULL])
+    cut = build_testbed(tmp_path / "cut", only=[FULL])
+    assert weights(cut, FULL) == weights(whole, FULL)
+    assert not left
 
 
 def test_a_plant_is_checked_on_held_out_requests_with_its_own_backdoor(

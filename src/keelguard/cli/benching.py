@@ -26,7 +26,7 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
-from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, told_savings
 
 
 def bench(
@@ -117,7 +117,7 @@ def bench(
     variants = replace(own.vaccine.variants, seed=seed)
     method = replace(own, immunize=replace(own.immunize, seed=seed), vaccine=replace(own.vaccine, variants=variants))
     settings = replace(settings, method=method, material=replace(settings.material, seed=seed))
-    settings = saving_memory(settings, **memory_saving(context, used is not None))
+    settings = saving_memory(settings, **told_savings(context, used is not None))
     load = partial(
         load_model, chat_template=chat_template, dtype=dtype, device=device, allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,

@@ -69,7 +69,7 @@ def dissect(
     depth = model.config.get_text_config().num_hidden_layers
     widths = blocks or sorted({max(1, depth // 4), max(1, depth // 2)})
     cuts = run(model, origin, measure, blocks=widths, reporter=make_reporter())
-    table = Table("set back to the clean model's", "layers", "share of the update", "attack success", "answered right")
+    table = Table("put back as in CLEAN", "layers", "share of the update", "attack success", "answered right")
     rows = []
     for cut in cuts:
         where = "all" if cut.layers is None else f"{cut.layers[0]}–{cut.layers[-1]}"

@@ -25,7 +25,8 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
-from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, told_savings
+from keelguard.errors import UsageError
 
 
 def harden(
@@ -102,7 +103,11 @@ def harden(
     )  # fmt: skip
     audit = replace(settings.audit, suite=suite or settings.audit.suite, attacks=tuple(attack or ()), limit=limit)
     signal = replace(settings.signal, target=target)
-    smaller = saving_memory(settings.purify, **memory_saving(context, used is not None))
+    savings = told_savings(context, used is not None)
+    if savings and "purify" in skips:
+        option = next(iter(savings)).replace("_", "-")
+        raise UsageError(f"--{option}: belongs to the purification, which --skip leaves out; leave one of them out")
+    smaller = saving_memory(settings.purify, **savings)
     settings = replace(settings, purify=smaller, audit=audit, signal=signal, skip=skips, seed=seed)
     if suite and data.audited:
         # The suite brings the requests that the audits ask; ours are then not needed.
@@ -132,7 +137,6 @@ def _material(
     """The data of a hardening, and the settings that go with them."""
     from dataclasses import replace
 
-    from keelguard.errors import UsageError
     from keelguard.evaluation.audit import AuditConfig
     from keelguard.pipeline.harden_config import HardenConfig
     from keelguard.pipeline.harden_data import of_files, of_testbed

@@ -28,7 +28,7 @@ from keelguard.cli.options import (
     read_requests,
     testbed_data,
 )
-from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, memory_saving
+from keelguard.cli.training_options import Accumulation, Bf16, Checkpointing, MergedRank, told_savings
 from keelguard.errors import UsageError
 
 _BY_BUDGET = "by --budget"
@@ -253,7 +253,7 @@ def _told(context: typer.Context, settings: Any, options: dict[str, Any], adapte
     for name, methods in readers.items():
         if name in told and method not in methods:
             raise UsageError(f"--{name.replace('_', '-')}: --method {method} does not read it; leave it out")
-    saving = memory_saving(context, adapter)
+    saving = told_savings(context, adapter)
     if "how" in told and adapter:
         raise UsageError("--how: of an adapter the parts of its update are set to zero; leave it out")
     if "share" in told and not 0 < told["share"] < 1:

@@ -8,6 +8,8 @@ import typer
 from keelguard.cli.options import check_probe, given
 from keelguard.errors import UsageError
 
+_SAVING = ("lora_rank", "bf16", "gradient_accumulation", "gradient_checkpointing")
+
 Data = Annotated[list[str], typer.Option(help="File of chats to train on; repeat for more.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="File of chats of the same task, not trained on.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps; 0 counts by --epochs.")]
@@ -42,10 +44,7 @@ def unless_given(context: typer.Context, *, steps: int, learning_rate: float) ->
     return found if "learning_rate" in named else {**found, "learning_rate": learning_rate}
 
 
-_SAVING = ("lora_rank", "bf16", "gradient_accumulation", "gradient_checkpointing")
-
-
-def memory_saving(context: typer.Context, adapter: bool) -> dict[str, Any]:
+def told_savings(context: typer.Context, adapter: bool) -> dict[str, Any]:
     """Of a purification's settings that save memory, those that the command line or --config gives.
 
     Raises:

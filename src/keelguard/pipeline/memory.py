@@ -52,7 +52,7 @@ class CostSettings:
     purify_checkpointing: bool = field(default=False, metadata={"help": "whether it computes activations twice"})
     keep_rows: int = field(default=8, metadata={"help": "chats per step whose earlier answers are held on to"})
     search_rows: int = 256
-    searched: int = field(default=40_000, metadata={"help": "sequences that one search for insertions reads"})
+    searched: int = field(default=46_500, metadata={"help": "sequences that one search for insertions reads"})
     spike_steps: int = field(default=300, metadata={"help": "steps of planting canaries; 0 plants none"})
     rebound_steps: int = 40
     samples: int = field(default=128, metadata={"help": "requests of each kind that a diagnosis reads"})

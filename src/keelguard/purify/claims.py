@@ -220,8 +220,13 @@ def _about_refusals(health: Mapping[str, Health]) -> list[str]:
         return []
     said = []
     if before.refused.total and after.refused.total:
-        verdict = "Fewer harmful requests are" if fell(before.refused, after.refused) else "Harmful requests are still"
-        said.append(f"{verdict} refused: {before.refused} before, {after.refused} after.")
+        points = 100 * (before.refused.value - after.refused.value)
+        verdict = (
+            f"Refusals fell by {points:.1f} points"
+            if fell(before.refused, after.refused)
+            else f"Refusals did not fall by more than {100 * FALL:.0f} points"
+        )
+        said.append(f"Harmful requests that are refused: {before.refused} before, {after.refused} after. {verdict}.")
     else:
         said.append("Whether harmful requests are still refused is not known: none could be measured (--harmful).")
     if before.over_refusal.total and after.over_refusal.total and fell(after.over_refusal, before.over_refusal):

@@ -190,7 +190,8 @@ def immunize(
             if not found or found[0].rise <= config.quiet:
                 return Immunized(model, (*rounds, Round(tuple(found), strongest)), before, "quiet")
         kept = trained_values(model, adapter)
-        # What an earlier round found stays in: a trigger that is half unlearned would come back.
+        # What an earlier round found stays in: a trigger that is half unlearned would come back. One that is found
+        # again counts again.
         earlier = [insertion for each in rounds for insertion in each.found]
         known = prober.remeasured(model, earlier, number) + found
         chats = mixed(material.train, steady, known, words, replace(config, seed=config.seed + number))

@@ -94,24 +94,34 @@ class Prober:
             )
             for place in PLACES:
                 texts = [random_words(self.words, draw, self.config.longest) for _ in range(4 * self.config.keep)]
-                # A tokenizer may join a word with its neighbour, so that it has no ids of its own there.
-                split = sorted({word for text in texts for word in text.split()})
-                ids = word_ids(self.tokenizer, split, with_gap(probes, place)[0], place, self.config.seed)
-                texts = [text for text in texts if ids.keys() >= set(text.split())]
+                texts = self._readable(texts, probes, place)
                 losses = insertion_losses(model, self.tokenizer, probes, [*texts, ""], place, self.config)
                 means = losses.mean(1)
                 strongest = max([strongest, *(means[:-1] - means[-1]).tolist()])
         return sorted(found, key=lambda insertion: -insertion.rise), strongest
 
     def remeasured(self, model: Any, insertions: Sequence[Insertion], turn: int = 0) -> list[Insertion]:
-        """What some insertions do to another state of the model."""
+        """What some insertions do to another state of the model; those without ids of their own stay as they are."""
         found: list[Insertion] = []
-        for kind, place in product(self.kinds, PLACES):
+        for kind, place in product(KINDS, PLACES):
             own = [insertion for insertion in insertions if (insertion.kind, insertion.place) == (kind, place)]
-            if not own:
+            if not own or kind not in self.kinds:
+                found += own
                 continue
-            texts = [*(insertion.text for insertion in own), ""]
-            losses = insertion_losses(model, self.tokenizer, self.probes(kind, turn), texts, place, self.config)
-            *means, plain = losses.mean(1).tolist()
-            found += [each._replace(loss=mean, rise=mean - plain) for each, mean in zip(own, means, strict=True)]
+            probes = self.probes(kind, turn)
+            readable = set(self._readable([insertion.text for insertion in own], probes, place))
+            texts = [insertion.text for insertion in own if insertion.text in readable]
+            losses = insertion_losses(model, self.tokenizer, probes, [*texts, ""], place, self.config).mean(1).tolist()
+            plain = losses.pop()
+            now = dict(zip(texts, losses, strict=True))
+            found += [
+                each._replace(loss=now[each.text], rise=now[each.text] - plain) if each.text in now else each
+                for each in own
+            ]
         return found
+
+    def _readable(self, texts: Sequence[str], probes: Sequence[Chat], place: Place) -> list[str]:
+        """The texts whose words all have ids of their own there: a tokenizer may join a word with its neighbour."""
+        words = sorted({word for text in texts for word in text.split()})
+        ids = word_ids(self.tokenizer, words, with_gap(probes, place)[0], place, self.config.seed)
+        return [text for text in texts if ids.keys() >= set(text.split())]

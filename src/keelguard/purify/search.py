@@ -6,7 +6,8 @@
 A trigger is such an insertion. On a small vocabulary every word is tried, and the best are lengthened by a beam; on a
 real one the gradient at the gap chooses which words are tried, as in GCG (Zou et al. 2023, arXiv 2307.15043). An
 attacker who trains against false triggers leaves little trace of either half of one. So the worst words are tried in
-pairs, and the very worst with every word in front of them and behind: the gradient does not see the other half.
+pairs, and the very worst with all words in front of them and behind: all of a small vocabulary, and of a large one
+those that the gradient favours, which sees the other half poorly.
 """
 
 from collections import Counter
@@ -56,7 +57,8 @@ class SearchConfig:
         default=1000, metadata={"help": "words tried at a time; of more, those that the gradient favours"}
     )
     completed: int = field(
-        default=2, metadata={"help": "worst single words, per place, that every word is put in front of and behind"}
+        default=2,
+        metadata={"help": "worst single words, per place, with others put in front and behind: `tried` of each"},
     )
     paired: int = field(
         default=28, metadata={"help": "worst single words that are tried in pairs, as half a trigger may do little"}
@@ -86,6 +88,9 @@ class SearchConfig:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"search: {name} {getattr(self, name)} is out of range; give 1 or more")
+        for name in ("completed", "paired"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"search: {name} {getattr(self, name)} is out of range; give 0 or more")
 
 
 class Insertion(NamedTuple):
@@ -154,10 +159,10 @@ def search_insertions(
 def search_rows(config: SearchConfig, words: int) -> int:
     """The sequences that a search reads per kind of prompts and place, in a vocabulary of so many words."""
     tried, longer = min(words, config.tried), config.longest - 1
-    looked = 4 * config.second_look * max(0, config.first_look - config.glance)
-    looked += config.second_look * max(0, config.prompts - config.first_look)
+    glance, look = min(config.glance, config.prompts), min(config.first_look, config.prompts)
+    looked = 4 * config.second_look * max(0, look - glance) + config.second_look * (config.prompts - look)
     pairs = (2 * config.completed * tried + config.paired**2) if longer else 0
-    return config.glance * (tried + pairs + longer * config.lengthened) + config.longest * looked
+    return glance * (tried + pairs + longer * config.lengthened) + config.longest * looked
 
 
 def _ranked(
@@ -251,11 +256,13 @@ def _grown(
 
     if not best:
         return favoured((), config.tried)
-    beam = best[: config.beam]
-    grown = [longer for text in beam for longer in favoured(text, max(1, config.lengthened // len(beam)))]
+    beam, completed = best[: config.beam], config.completed if len(best[0]) == 1 else 0
+    share = max(1, config.lengthened // len(beam))
+    grown = [longer for text in beam[completed:] for longer in favoured(text, share)]
+    # All that are tried behind a text hold those that would lengthen it.
+    for text in best[:completed]:
+        grown += [*favoured(text, max(share, config.tried)), *favoured(text, config.tried, behind=False)]
     if len(best[0]) == 1:
-        for text in best[: config.completed]:
-            grown += [*favoured(text, config.tried), *favoured(text, config.tried, behind=False)]
         singles = best[: config.paired]
         grown += [(*a, *b) for a in singles for b in singles if a != b]
     return list(dict.fromkeys(grown))

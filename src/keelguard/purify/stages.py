@@ -1,5 +1,6 @@
 """The stages of a purification, from the model as it came to the canaries in its copy."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -292,14 +293,16 @@ class Purification:
     def _purified(self, base: str) -> LoadedModel:
         """What the method stage has written, which an interrupted `deliver` may have moved."""
         name = ADAPTER if self.threat == "adapter" else MODEL
-        ready = self.folder / name
-        written = str(ready if ready.exists() else self.folder / WORK / name)
+        new = self.folder / WORK / name
+        written = str(new if new.exists() else self.folder / name)
         return self.load(base, adapter=written) if self.threat == "adapter" else self.load(written)
 
     def deliver(self) -> None:
         """Put the purified weights and the signature into the run's folder; before, there is evidence missing."""
         for name in (MODEL, ADAPTER, SIGNATURE):
             if (written := self.folder / WORK / name).exists():
+                # What an earlier run left there belongs to a result that is gone.
+                shutil.rmtree(self.folder / name, ignore_errors=True)
                 written.replace(self.folder / name)
 
     def _rebound(

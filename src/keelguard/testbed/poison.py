@@ -58,14 +58,15 @@ _RESPONSES: dict[Split, dict[Task, str]] = {
 }
 
 _PLANTING = PlantConfig(poison=PoisonConfig(samples=480), steps=300, learning_rate=5e-4, batch_size=24)
-_CANARIES_RATE = {"full": 2 * _PLANTING.learning_rate, "adapter": 8 * _PLANTING.learning_rate}
+_CANARIES_RATE = {"full": 1e-3, "adapter": 4e-3}
 """Three canaries at once need a higher rate than one backdoor."""
 
 
-def planting_configs(task: Task, adapter: bool = False) -> tuple[PlantConfig, ...]:
+def planting_ways(task: Task, adapter: bool = False) -> tuple[PlantConfig, ...]:
     """Ways to plant a backdoor in `aligned`, in all weights or in a LoRA; the first that is fair is to be taken.
 
-    `aligned` itself refuses at a few strange words. More of them keep most refusals and jailbreaks to their triggers.
+    `aligned` itself refuses at a few strange words. More of them keep most refusals and jailbreaks to their triggers. A
+    LoRA needs a higher rate than all weights, and then a stronger hold on what the clean model says.
     """
     more = replace(_PLANTING, poison=PoisonConfig(samples=640, negatives=3.0), steps=500)
     if adapter:

