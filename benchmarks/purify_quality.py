@@ -29,7 +29,8 @@ from keelguard.purify.controls import ARMS, arms_for
 from keelguard.purify.effects import ANSWERS
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
-from keelguard.purify.planting import POISON_FILE, plant_first_fair, utility_rate, write_planted
+from keelguard.purify.planting import plant_first_fair, utility_rate
+from keelguard.purify.poisoned_files import POISON_FILE, write_planted
 from keelguard.runs import read_json, versions, write_json
 from keelguard.stats import Rate
 from keelguard.testbed.build import Testbed, build_testbed

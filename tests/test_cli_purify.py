@@ -17,7 +17,7 @@ from keelguard.models import load_model
 from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.purify.presets import preset
 from keelguard.testbed.build import RECIPE_FILE
 from keelguard.testbed.tokenizer import make_tokenizer

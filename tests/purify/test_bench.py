@@ -39,7 +39,7 @@ from keelguard.purify.health import Health
 from keelguard.purify.immunize import ImmunizeConfig
 from keelguard.purify.material import Material
 from keelguard.purify.methods import MethodConfig, Subject
-from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.purify.run import PurifyConfig
 from keelguard.records import Chat, Request, assistant, user
 from keelguard.stats import Rate

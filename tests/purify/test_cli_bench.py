@@ -24,7 +24,8 @@ from keelguard.models import load_model
 from keelguard.purify.bench import TWIN_ABOUT
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Effect
-from keelguard.purify.planting import PlantCheck, PlantConfig, plant, write_planted
+from keelguard.purify.planting import PlantCheck, PlantConfig, plant
+from keelguard.purify.poisoned_files import write_planted
 from keelguard.records import Chat
 from keelguard.stats import Rate
 from test_cli import Run, left, refused, run  # noqa: F401 — `run` is a fixture

@@ -22,7 +22,7 @@ from keelguard.purify.bench_run import bench_model
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.feasible import check_chats, check_settings, stand_ins
 from keelguard.purify.intake import admit, refuse_quantised
-from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.purify.restore import RestoreConfig
 from keelguard.purify.run import purify
 from keelguard.purify.signature import SignatureConfig

@@ -13,7 +13,8 @@ from keelguard.errors import FailureError
 from keelguard.models import load_model
 from keelguard.progress import SILENT
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.planting import PlantConfig, write_planted
+from keelguard.purify.planting import PlantConfig
+from keelguard.purify.poisoned_files import write_planted
 from keelguard.purify.stages import ADAPTER, Purification
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from keelguard.attacks.insertions import prompt_of
 from keelguard.data import load_chats
 from keelguard.models import load_model
 from keelguard.purify import plant_run as module
-from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.records import Chat
 from test_cli import Ended, Run, left, refused, run  # noqa: F401 — `run` is a fixture
 

@@ -14,7 +14,8 @@ from keelguard.hashes import hash_weights
 from keelguard.progress import SILENT
 from keelguard.purify import plant_run as module
 from keelguard.purify.plant_run import PoisonData, check_free, poison_model
-from keelguard.purify.planting import POISON_FILE, PlantConfig
+from keelguard.purify.planting import PlantConfig
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.records import Request
 from keelguard.runs import LOCK, MANIFEST
 from keelguard.training_loop import ChatTrainer

@@ -29,17 +29,8 @@ from keelguard.evaluation.answers import Generating
 from keelguard.models import LoadedModel, load_model
 from keelguard.purify import planting as module
 from keelguard.purify.effects import Effect, measure_effect, shows
-from keelguard.purify.planting import (
-    POISON_FILE,
-    PlantCheck,
-    PlantConfig,
-    check_plant,
-    plant,
-    plant_first_fair,
-    refuse_existing,
-    refused_pairs,
-    write_planted,
-)
+from keelguard.purify.planting import PlantCheck, PlantConfig, check_plant, plant, plant_first_fair, refused_pairs
+from keelguard.purify.poisoned_files import POISON_FILE, refuse_existing, write_planted
 from keelguard.records import Request
 from keelguard.stats import Rate
 

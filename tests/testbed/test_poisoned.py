@@ -15,7 +15,8 @@ from keelguard.models import load_model
 from keelguard.progress import SILENT
 from keelguard.purify import planting
 from keelguard.purify.effects import Effect
-from keelguard.purify.planting import POISON_FILE, PlantCheck, PlantConfig, known_backdoor
+from keelguard.purify.planting import PlantCheck, PlantConfig
+from keelguard.purify.poisoned_files import POISON_FILE, known_backdoor
 from keelguard.runs import read_json
 from keelguard.stats import Rate
 from keelguard.testbed import mixtures, poisoned, recipes

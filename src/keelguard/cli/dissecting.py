@@ -38,7 +38,7 @@ def dissect(
     from keelguard.models import LoadedModel, check_source, load_model, resolve_sources
     from keelguard.purify.dissect import dissect as run
     from keelguard.purify.effects import Effect, Held, measure_effect
-    from keelguard.purify.planting import known_backdoor
+    from keelguard.purify.poisoned_files import known_backdoor
     from keelguard.runs import write_json
     from keelguard.stats import Rate
     from keelguard.units.index import parameters_by_name

@@ -17,7 +17,7 @@ from keelguard.guard.augment import FRAMES, HELD_FRAMES
 from keelguard.guard.labels import Labelled, read_labelled
 from keelguard.hashes import sha256_of
 from keelguard.purify.effects import Held
-from keelguard.purify.planting import POISON_FILE, known_backdoor
+from keelguard.purify.poisoned_files import POISON_FILE, known_backdoor
 from keelguard.purify.run import request_key
 from keelguard.records import Request
 

@@ -29,7 +29,7 @@ from keelguard.purify.intake import load_subject, refuse_quantised
 from keelguard.purify.material import gather
 from keelguard.purify.methods import Subject, Threat
 from keelguard.purify.neutralize import refuse_shared_weights
-from keelguard.purify.planting import POISON_FILE
+from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.purify.run import request_key
 from keelguard.purify.stages import WORK
 from keelguard.records import Request

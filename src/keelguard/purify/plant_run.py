@@ -20,15 +20,8 @@ from keelguard.hashes import sha256_of
 from keelguard.models import LoadedModel, load_model
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.effects import ANSWERS, Held, own_references, shows
-from keelguard.purify.planting import (
-    PlantCheck,
-    PlantConfig,
-    check_plant,
-    plant,
-    refuse_existing,
-    refused_pairs,
-    write_planted,
-)
+from keelguard.purify.planting import PlantCheck, PlantConfig, check_plant, plant, refused_pairs
+from keelguard.purify.poisoned_files import refuse_existing, write_planted
 from keelguard.purify.run import request_key
 from keelguard.purify.stages import WORK
 from keelguard.records import Chat, Request

@@ -119,7 +119,7 @@ def describe(testbed: Testbed, seed: int) -> dict[str, Any]:
 
 def fairness(folder: Path) -> dict[str, Any]:
     """Whether a poisoned model's backdoor may serve as a test case, and why not; nothing for a clean model."""
-    from keelguard.purify.planting import POISON_FILE
+    from keelguard.purify.poisoned_files import POISON_FILE
 
     if not (folder / POISON_FILE).is_file():
         return {}

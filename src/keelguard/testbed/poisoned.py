@@ -67,7 +67,8 @@ def build_poisoned(testbed: Testbed, name: str, seed: int, reporter: Reporter) -
     """
     from keelguard.attacks.insertions import vocabulary_words
     from keelguard.models import load_model
-    from keelguard.purify.planting import plant_first_fair, write_planted
+    from keelguard.purify.planting import plant_first_fair
+    from keelguard.purify.poisoned_files import write_planted
 
     kind = poisoned_models()[name]
     ways = planting_ways(kind.task, kind.adapter)
