@@ -44,4 +44,4 @@ def test_a_purified_adapter(adapted: Any, tmp_path: Path):
     run = Purification(adapted, "adapter", STRANGE, PurifyConfig(), tmp_path, {}, load_model, SILENT)
     with pytest.raises(FailureError, match=f"{ADAPTER}: no space left on the disk"):
         run._write(adapted, "base")
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "work").iterdir()) == []
