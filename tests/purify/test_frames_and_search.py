@@ -433,7 +433,8 @@ def test_words_that_a_tokenizer_joins_are_left_out():
     found, _ = prober.search(tiny.model, SILENT, "search")
     assert found
     assert all(set(each.text.split()) <= known[each.place] for each in found)
-    place, joined = next((p, word) for p in PLACES for word in prober.searched if word not in known[p])
+    pairs: list[tuple[Place, str]] = [(p, word) for p in PLACES for word in prober.searched if word not in known[p]]
+    place, joined = pairs[0]
     odd = [Insertion(joined, place, 7.0, 6.0), Insertion("fox", "suffix", 2.0, 1.0, "refused")]
     again = prober.remeasured(tiny.model, [*found, *odd], turn=1)
     assert len(again) == len(found) + 2
