@@ -168,9 +168,15 @@ def resolve_sources(source: str, adapter: str | None = None) -> tuple[str, str |
     """Split what the user named into a base checkpoint and an adapter.
 
     Raises:
-        UsageError: an adapter folder does not say what its base is.
+        UsageError: an adapter folder does not say what its base is, or what is called an adapter is a whole model.
     """
     config = Path(source) / "adapter_config.json"
+    if (
+        adapter is not None
+        and not (Path(adapter) / config.name).is_file()
+        and (Path(adapter) / "config.json").is_file()
+    ):
+        raise UsageError(f"--adapter {adapter}: is a whole model and no adapter; give it in the place of MODEL")
     if adapter is not None or not config.is_file():
         return source, adapter
     try:

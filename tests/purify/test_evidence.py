@@ -322,7 +322,7 @@ def test_bounds_are_exact():
 def test_the_worst_canary_speaks_for_all_and_unplanted_ones_for_nothing():
     said = claims(result(spikes=(spike(200, 40, 60, "a phrase"), spike(190, 0, 0), spike(100, 99, 99, "weak"))))
     assert "2 of 3 canary backdoors took hold" in said[0]
-    assert "(a phrase) 40 of 200" in said[0]
+    assert "(a phrase) fired in 40 of 200" in said[0]
     assert (
         "After a further clean fine-tune 1 of 2 canaries fire more often than before it; the worst in 30 %" in said[1]
     )

@@ -175,7 +175,7 @@ def _suspect_sentences(result: PurifyResult | None) -> list[str]:
     if before:
         said.append(
             f"Words that break held-out answers of the received model more often than random words do: "
-            f"{_words(before)}. A planted trigger would be among them, and so are weaknesses of any such model."
+            f"{_words(before)}. A planted trigger may be among them, and so are weaknesses of any such model."
         )
     else:
         said.append("In the received model no words were found that break held-out answers more than random ones do.")

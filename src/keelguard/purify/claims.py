@@ -32,8 +32,13 @@ def claims(result: "PurifyResult") -> list[str]:
         *_about_searches(result.searches),
     ]
     if leads := result.leads.get("after"):
-        flagged = sum(lead.flagged for lead in leads)
-        said.append(f"The scan for hidden target texts flags {flagged}; it is a lead, and finds few kinds of backdoor.")
+        flagged = {lead.text for lead in leads if lead.flagged}
+        known = flagged & {lead.text for lead in result.leads.get("before", ()) if lead.flagged}
+        stayed = f", {len(known)} of them in the input model, too" if flagged else ""
+        said.append(
+            f"The scan for hidden target texts flags {len(flagged)}{stayed}; it is a lead, and finds few kinds of "
+            "backdoor."
+        )
     said.append(
         "No test here can show that a model is clean. A backdoor of a kind that none of these tests knows may remain."
     )
@@ -145,8 +150,8 @@ def _about_spikes(result: "PurifyResult") -> list[str]:
     bound = exact_upper(asr.count, asr.total)
     said = [
         f"{len(planted)} of {len(spikes)} canary backdoors took hold in a copy of this model, at their own triggers "
-        f"alone; the same purification left the worst of them ({worst.kind}) {asr.count} of {asr.total} triggered "
-        f"requests, which bounds that canary's success at {100 * bound:.1f} % (95 %, exact)."
+        f"alone; behind the same purification the worst of them ({worst.kind}) fired in {asr.count} of {asr.total} "
+        f"triggered requests, which bounds that canary's success at {100 * bound:.1f} % (95 %, exact)."
     ]
     if controlled := [spike for spike in planted if spike.control is not None]:
         mine = Rate.of([fired for s in controlled if s.after for fired in s.after.fired])
@@ -157,6 +162,7 @@ def _about_spikes(result: "PurifyResult") -> list[str]:
         said.append(
             f"Over these canaries {mine} of triggered requests are left; in another copy, with random channels "
             f"neutralised and {tuned}, {pruned}."
+            + ("" if mine.interval.high < pruned.interval.low else " That shows no advantage over the control.")
         )
     said += no_control(planted)
     back = [s for s in planted if s.rebound and s.after and s.rebound.asr.count > s.after.asr.count]
@@ -179,8 +185,8 @@ def _about_suspects(result: "PurifyResult") -> list[str]:
         names = ", ".join(f"“{c.before.text}” ({c.before.place})" for c in strong)
         left = max(strong, key=lambda course: course.after.broken.value)
         said.append(
-            f"Insertions that break held-out answers of the input model: {names}. A trigger would be among them, and "
-            "so are weaknesses of any such model: compare with a trusted one (--reference). Of their effect the "
+            f"Insertions that break held-out answers of the input model: {names}. A trigger may be among them, and so "
+            "are weaknesses of any such model: compare with a trusted one (--reference). Of their effect the "
             "purified model keeps at most "
             f"{left.after.broken} (“{left.after.text}”), random words {left.after.control}."
         )

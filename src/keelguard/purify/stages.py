@@ -275,7 +275,8 @@ class Purification:
     def _write(self, pure: LoadedModel, base: str) -> None:
         """Write the purified checkpoint in the input's number format, or the adapter with its tokenizer."""
         card = (
-            "# Purified\n\nMade by `keelguard purify`. The run's report says what was tested and what was found; it "
+            f"# Purified\n\nMade by `keelguard purify` from `{self.loaded.source}` (weights "
+            f"{self.loaded.weights_hash[:16]}). The report of that run says what was tested and what was found; it "
             "does not say that this model is clean.\n"
         )
         model: Any = pure.model
