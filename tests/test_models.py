@@ -454,3 +454,11 @@ def test_weights_under_a_name_of_the_configs_choice_are_refused(tiny: Tiny, fold
     shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
     change_config(folder, transformers_weights="other.safetensors")
     assert "transformers_weights" in refusal(UsageError, folder)
+
+
+def test_a_whole_model_is_no_adapter(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a whole model and no adapter; give it in the place of MODEL"):
+        resolve_sources("base", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert resolve_sources("base", str(tmp_path)) == ("base", str(tmp_path))
