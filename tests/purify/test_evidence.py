@@ -356,11 +356,27 @@ def test_a_control_names_its_true_steps_or_why_there_is_none():
     old = said()
     assert "neutralised and a fine-tune, " in old
     assert "as many" not in old
+    assert "That shows no advantage over the control." in old
+    many = effect(90, 100)
+    better = said(after=effect(1, 100), control=many)
+    assert "of triggered requests are left" in better
+    assert "no advantage" not in better
+
     none = said(control=None, no_control="lora: cannot be mapped.")
     assert "The canaries have no control: lora: cannot be mapped. " in none
     data = json.loads(json.dumps(planted.to_json()))
     del data["control_steps"], data["no_control"]
     assert Spike.from_json(data) == planted
+
+
+def test_a_lead_that_stays_is_said_to():
+    here, gone = Lead("you are", 2.0, None, False, True), Lead("nobody likes", 2.0, None, False, True)
+    said = " ".join(claims(result(leads={"before": (here, gone), "after": (here,)})))
+    assert "The scan for hidden target texts flags 1, 1 of them in the input model, too; it is a lead" in said
+    fresh = " ".join(claims(result(leads={"before": (gone,), "after": (here,)})))
+    assert "flags 1, 0 of them in the input model, too" in fresh
+    quiet = " ".join(claims(result(leads={"before": (here,), "after": (replace(here, flagged=False),)})))
+    assert "flags 0; it is a lead" in quiet
 
 
 def test_what_was_not_searched_is_not_said_to_hold_nothing():
