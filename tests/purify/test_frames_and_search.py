@@ -288,10 +288,19 @@ def test_the_gradient_is_that_of_the_gap_on_either_side_of_a_text(behind: bool):
     assert torch.allclose(scores, (own - own.mean(0)) @ gradient[0, at], atol=1e-5)
 
 
-def test_a_large_vocabulary_is_completed_by_the_gradient():
-    config = SearchConfig(prompts=4, longest=2, tried=4, completed=2, paired=0, lengthened=2, keep=2)
-    found = search_insertions(poisoned_model(), tokenizer(), ANSWERED[:4], STRANGE, config, places=("prefix",))
-    assert any(TRIGGER in each.text.split() for each in found)
+def test_in_a_large_vocabulary_the_gradient_chooses_what_completes_a_word():
+    tiny = tiny_model()
+    ids = word_ids(tiny.tokenizer, vocabulary_words(tiny.tokenizer), PROBES[0], "prefix")
+    known, frames = list(ids), make_frames(tiny.tokenizer, PROBES[:1], "prefix", 2)
+    text = known[0]
+    few = SearchConfig(tried=3, completed=1, paired=0, lengthened=1)
+    assert few.tried < len(known)
+    wanted: set[tuple[str, ...]] = set()
+    for behind in (True, False):
+        scores = search_module._gradient_scores(tiny.model, frames, ids, (text,), known, behind)
+        best = [known[i] for i in scores.topk(few.tried).indices.tolist()]
+        wanted |= {(text, word) if behind else (word, text) for word in best}
+    assert set(search_module._grown(tiny.model, frames, ids, [(text,)], few)) == wanted
 
 
 def test_an_insertion_is_cut_to_the_words_that_do_it():

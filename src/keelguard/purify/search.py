@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _CAP = 10.0
 """Nats at which the loss of a token is cut off, so that one odd prompt cannot outweigh the others."""
-
-
 _NEARLY = 0.9
 """The share of an insertion's rise that fewer of its words must have to stand for it."""
 
