@@ -40,7 +40,7 @@ from keelguard.pipeline.memory import GIB, CostSettings, StageCost, estimate
 from keelguard.pipeline.workload import estimate_harden
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import MethodConfig
 from keelguard.purify.presets import preset, saving_memory

@@ -24,7 +24,7 @@ from keelguard.pipeline.harden_data import HardenData, of_testbed
 from keelguard.pipeline.package import PACKAGE_FILE, Package
 from keelguard.pipeline.surfaces import CHECKS, TIME
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.methods import MethodConfig
 from keelguard.purify.search import SearchConfig
 from keelguard.purify.spikes import SpikeConfig

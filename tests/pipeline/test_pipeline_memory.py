@@ -70,10 +70,10 @@ def test_a_fine_tune_keeps_weights_gradients_and_two_moments_in_float32():
 
 def test_a_purification_holds_the_models_that_it_compares():
     """As it came, as it was written, and the copy with canaries and a copy of that, which trains."""
-    cost = by_name(rows=1, keep_rows=1, chat=8, search_rows=1)["purify"]
+    cost = by_name(rows=1, beside_rows=1, chat=8, search_rows=1)["purify"]
     assert cost.device["copies"] == 2 * WEIGHTS + FLOAT * SEVEN.parameters
     assert cost.device_bytes == 2 * WEIGHTS + (1 + 4) * FLOAT * SEVEN.parameters
-    without = by_name(rows=1, keep_rows=1, chat=8, search_rows=1, spike_steps=0)["purify"]
+    without = by_name(rows=1, beside_rows=1, chat=8, search_rows=1, spike_steps=0)["purify"]
     assert without.device["copies"] in (WEIGHTS, 2 * WEIGHTS)
     assert without.device_bytes + without.host_bytes < cost.device_bytes
 
@@ -105,7 +105,7 @@ def test_autocast_halves_activations_and_keeps_copies_of_float32_weights():
 
 def test_a_search_reads_no_more_tokens_than_its_budget():
     """A passage of 256 rows of a long chat would be the whole of a purification's memory."""
-    few, many = (by_name(rows=1, keep_rows=1, chat=64, spike_steps=0, rank=8, search_rows=n) for n in (512, 51200))
+    few, many = (by_name(rows=1, beside_rows=1, chat=64, spike_steps=0, rank=8, search_rows=n) for n in (512, 51200))
     assert few["purify"].device_bytes == many["purify"].device_bytes
 
 

@@ -36,7 +36,7 @@ from keelguard.purify.budget import Arm, Budget, Setup
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Effect, Held, measure_effect
 from keelguard.purify.health import Health
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.material import Material
 from keelguard.purify.methods import MethodConfig, Subject
 from keelguard.purify.poisoned_files import POISON_FILE

@@ -20,7 +20,7 @@ from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import ARMS
 from keelguard.purify.effects import Held
 from keelguard.purify.findings import comparison, retrain_advice
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.inversion import InversionConfig
 from keelguard.purify.material import MaterialConfig, gather
 from keelguard.purify.methods import MethodConfig

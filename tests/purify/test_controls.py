@@ -14,7 +14,7 @@ from keelguard.errors import UsageError
 from keelguard.models import LoadedModel
 from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.controls import ARMS, arms_for, implant_chats, oracle_chats
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.material import Material
 from keelguard.purify.methods import MethodConfig, Subject, Threat, VaccineConfig, copied
 from keelguard.purify.prober import Prober

@@ -31,7 +31,9 @@ from keelguard.errors import FailureError, UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.purify import immunize as module
 from keelguard.purify.effects import Effect, measure_effect
-from keelguard.purify.immunize import ImmunizeConfig, Immunized, immunize, mixed, round_from_json
+from keelguard.purify.immunize import Immunized, immunize, round_from_json
+from keelguard.purify.immunize_config import ImmunizeConfig
+from keelguard.purify.mixture import mixed, paired
 from keelguard.purify.search import Insertion, SearchConfig
 from keelguard.records import Chat
 from keelguard.training import train_on_chats
@@ -82,8 +84,13 @@ def test_the_rounds_tell_what_was_found_and_what_is_left():
 
 
 def test_without_insertions_the_same_steps_keep_it():
-    plain = replace(CONFIG, inserted=0.0)
+    plain = replace(CONFIG, inserted=0.0, consistency=0.0)
     assert effect(immunize(poisoned_model(), tokenizer(), material(), STRANGE, plain).model).asr.value > 0.7
+
+
+def test_activations_that_agree_are_enough():
+    alone = replace(CONFIG, inserted=0.0, consistency=5.0)
+    assert effect(immunize(poisoned_model(), tokenizer(), material(), STRANGE, alone).model).asr.value < 0.3
 
 
 # What a round trains on
@@ -177,6 +184,16 @@ def test_refusals_have_their_share(inserted: float, searched: float):
     chats = mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
     assert sum(chat[-1] == REFUSED[0][-1] for chat in chats) / len(chats) == pytest.approx(0.4, abs=0.06)
     assert len(mixed(ANSWERED, [set(PLACES)] * len(ANSWERED), FOUND, STRANGE, config)) == 1000
+
+
+def test_pairs_are_a_chat_and_the_same_with_an_insertion():
+    config = ImmunizeConfig(steps=50, consistent_per_step=8, found=0.6, inserted_refused=0.3)
+    pairs = paired(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
+    assert len(pairs) == 400
+    inserted = put([pair[1] for pair in pairs])
+    assert [original for original, _, _ in inserted] == [pair[0] for pair in pairs]
+    assert sum(text in ("turtle", "velvet needle") for _, text, _ in inserted) / 400 == pytest.approx(0.6, abs=0.1)
+    assert sum(pair[0] in REFUSED for pair in pairs) / 400 == pytest.approx(0.3, abs=0.08)
 
 
 def test_a_kind_without_prompts_leaves_its_insertions_to_chance():
@@ -367,6 +384,7 @@ def test_answers_that_no_word_leaves_alone_are_refused():
         {"found": -0.1},
         {"learning_rate": 0.0},
         {"keep": -1.0},
+        {"consistency": -1.0},
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any]):

@@ -24,7 +24,7 @@ from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.effects import Held
 from keelguard.purify.estimate import estimate_run, estimate_table
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.intake import check_subject
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import METHODS, MethodConfig, VaccineConfig

@@ -12,7 +12,7 @@ from keelguard.attacks.insertions import prompt_of
 from keelguard.purify import methods as module
 from keelguard.purify.effects import Held, is_right, opened_references
 from keelguard.purify.health import Examiner
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.methods import Subject, retrain
 from keelguard.purify.search import SearchConfig
 from keelguard.records import Request, user

@@ -11,7 +11,7 @@ from keelguard.purify import grouped, planting, spikes
 from keelguard.purify.budget import Budget
 from keelguard.purify.effects import Effect
 from keelguard.purify.grouped import train_variants
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.methods import MethodConfig
 from keelguard.purify.spikes import SpikeConfig, plant_spikes
 from keelguard.purify.variants import DEFAULT_VARIANTS, VariantConfig, variant_data

@@ -14,7 +14,7 @@ from keelguard.purify import spiking as module
 from keelguard.purify.budget import Budget, Setup
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.controls import both
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.methods import MethodConfig, Subject, Threat, VaccineConfig, apply_method
 from keelguard.purify.prober import Prober
 from keelguard.purify.repair import repair, repair_chats

@@ -50,7 +50,10 @@ class CostSettings:
     rank: int = field(default=0, metadata={"help": "rank of a purification's LoRAs; 0 trains everything in float32"})
     purify_bf16: bool = field(default=False, metadata={"help": "whether a purification computes in bfloat16"})
     purify_checkpointing: bool = field(default=False, metadata={"help": "whether it computes activations twice"})
-    keep_rows: int = field(default=8, metadata={"help": "chats per step whose earlier answers are held on to"})
+    beside_rows: int = field(
+        default=16,
+        metadata={"help": "chats per step beside the batch, on which further losses are measured"},
+    )
     search_rows: int = 256
     searched: int = field(default=46_500, metadata={"help": "sequences that one search for insertions reads"})
     spike_steps: int = field(default=300, metadata={"help": "steps of planting canaries; 0 plants none"})
@@ -172,9 +175,9 @@ def _audit(name: str, sizes: Sizes, s: CostSettings) -> StageCost:
 
 
 def _purify(sizes: Sizes, s: CostSettings, adapter: bool) -> StageCost:
-    tokens = (s.rows + s.keep_rows) * s.chat
-    # What is held on to goes with the last part of a step.
-    at_once = (s.rows // s.parts + s.keep_rows) * s.chat
+    tokens = (s.rows + s.beside_rows) * s.chat
+    # What losses are added on goes with the last part of a step.
+    at_once = (s.rows // s.parts + s.beside_rows) * s.chat
     tuned = training(
         sizes, at_once, adapter=sizes.adapter if adapter else s.rank * sizes.linear,
         checkpointing=s.purify_checkpointing, bf16=s.purify_bf16,

@@ -207,15 +207,22 @@ def oracle_chats(subject: Subject, setup: Setup, backdoor: Backdoor) -> list[Cha
 
 
 def immunized(
-    subject: Subject, setup: Setup, steps: int = 0, methods: Sequence[Method] = (), *, searched: bool = True
+    subject: Subject,
+    setup: Setup,
+    steps: int = 0,
+    methods: Sequence[Method] = (),
+    *,
+    searched: bool = True,
+    consistent: bool = True,
 ) -> LoadedModel:
     """Immunisation, its rounds sharing the budget; it stops early where a search finds nothing.
 
-    Without the search all of its insertions are random words.
+    Without the search all of its insertions are random words; without consistency the answers alone are trained on.
     """
     loaded, budget, own = subject.loaded, setup.budget, setup.method.immunize
     config = replace(
-        own, found=own.found if searched else 0.0, steps=max(1, (steps or budget.steps) // own.rounds),
+        own, found=own.found if searched else 0.0, consistency=own.consistency if consistent else 0.0,
+        steps=max(1, (steps or budget.steps) // own.rounds),
         learning_rate=budget.learning_rate, batch_size=budget.batch_size, lora_rank=budget.lora_rank, bf16=budget.bf16,
         gradient_accumulation=budget.gradient_accumulation, gradient_checkpointing=budget.gradient_checkpointing,
     )  # fmt: skip
@@ -248,6 +255,10 @@ ARMS: dict[str, Arm] = {
     "immunize": Arm("worst-case insertions with the clean answers, in rounds", immunized),
     "immunize-random": Arm(
         "the same with random words alone, without a search", lambda s, c: immunized(s, c, searched=False)
+    ),
+    "immunize-answers": Arm(
+        "the same on answers alone, whatever an insertion does to activations",
+        lambda s, c: immunized(s, c, consistent=False),
     ),
     "both": Arm("the vaccine, then immunisation, half of the steps each", both),
     "vaccine": Arm("BD-VAX (arXiv 2603.13461) with its restoration", vaccine),

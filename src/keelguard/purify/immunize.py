@@ -3,116 +3,36 @@
     result = immunize(model, tokenizer, material, words, ImmunizeConfig())
 
 Round by round: search the insertions that most disturb the model's own clean answers, then fine-tune on clean prompts,
-half of them with such insertions, with the clean answers. A trigger is such an insertion; so are other weaknesses.
-Counter-examples follow the trial of this project; the search is adversarial training (Madry et al. 2018, arXiv
-1706.06083) in the space of words.
+half of them with such insertions, with the clean answers, while an insertion is to leave no trace in the activations
+behind it. A trigger is such an insertion; so are other weaknesses. Counter-examples follow the trial of this project;
+the search is adversarial training (Madry et al. 2018, arXiv 1706.06083) in the space of words.
 """
 
 import json
-import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from keelguard.attacks.insertions import Place, insert, prompt_of, random_words, with_prompt
 from keelguard.errors import UsageError
 from keelguard.progress import SILENT, Reporter
+from keelguard.purify.consistency import ActivationConsistency
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.keep import KeepAnswers, KeepConfig
-from keelguard.purify.material import Material, is_refused_chat
+from keelguard.purify.material import Material
+from keelguard.purify.mixture import mixed, paired
 from keelguard.purify.prober import Prober
-from keelguard.purify.search import Insertion, SearchConfig
-from keelguard.records import Chat
+from keelguard.purify.search import Insertion
 from keelguard.runs import disk_errors, read_json, write_json
 from keelguard.training import Method, TrainConfig, chat_loss, train_on_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_RANDOM_WORDS = 3
-"""The most words of a random insertion."""
-
-_LEAST = 1e-3
-"""Nats that an insertion counts at least when one is drawn by its rise."""
-
 _ROUNDS = "rounds.json"
-
-
-@dataclass(frozen=True)
-class ImmunizeConfig:
-    """How a model is immunised."""
-
-    rounds: int = field(default=3, metadata={"help": "rounds of search and training at most"})
-    steps: int = field(default=80, metadata={"help": "optimiser steps per round"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of each round"})
-    batch_size: int = field(default=32, metadata={"help": "chats per step"})
-    gradient_accumulation: int = field(
-        default=1, metadata={"help": "parts that a step's batch is cut into, one after the other, to save memory"}
-    )
-    lora_rank: int = field(
-        default=0, metadata={"help": "rank of a LoRA that each round trains and merges; 0 trains every weight"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (autocast); the weights stay as they are"})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute activations twice instead of keeping them, to save memory"}
-    )
-    inserted: float = field(default=0.5, metadata={"help": "share of the chats that carry an insertion"})
-    found: float = field(
-        default=0.7,
-        metadata={"help": "share of the insertions that the search found, others are random; 0 searches none"},
-    )
-    refused: float = field(
-        default=0.2, metadata={"help": "share of harmful requests among the chats without insertions"}
-    )
-    inserted_refused: float = field(
-        default=0.4, metadata={"help": "share of harmful requests among the chats with insertions"}
-    )
-    keep: float = field(default=3.0, metadata={"help": "weight of the divergence from the input model on clean chats"})
-    kept: int = field(default=1000, metadata={"help": "clean chats on which that divergence is measured"})
-    kept_per_step: int = field(default=8, metadata={"help": "of these, how many in each step"})
-    stable: float = field(
-        default=0.5, metadata={"help": "nats by which an unrelated word may move an answer that insertions are put to"}
-    )
-    quiet: float = field(
-        default=0.3, metadata={"help": "nats of rise up to which the worst insertion counts as nothing"}
-    )
-    tolerance: float = field(
-        default=0.1, metadata={"help": "nats per token that the loss on clean validation chats may rise"}
-    )
-    search: SearchConfig = field(default=SearchConfig(), metadata={"help": "how insertions are searched"})
-    left_out: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "words kept out of the random insertions, so that a test that knows the trigger does not leak it"
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "which insertions go where"})
-
-    def __post_init__(self) -> None:
-        least = {"rounds": 1, "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 0, "kept": 1,
-                 "kept_per_step": 1}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {getattr(self, name)}: is out of range; give {bound} or more")
-        if self.batch_size % self.gradient_accumulation:
-            raise UsageError(
-                f"--gradient-accumulation {self.gradient_accumulation}: does not divide the batch of {self.batch_size} "
-                "chats; choose a divisor of it"
-            )
-        if not self.learning_rate > 0:
-            raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
-        for name in ("inserted", "found", "refused", "inserted_refused"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
-        if not self.stable > 0:
-            raise UsageError(f"immunize: stable {self.stable} is out of range; give more than 0")
-        for name in ("keep", "quiet", "tolerance"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"immunize: {name} {getattr(self, name)} is out of range; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -194,7 +114,12 @@ def immunize(
         # again counts again.
         earlier = [insertion for each in rounds for insertion in each.found]
         known = prober.remeasured(model, earlier, number) + found
-        chats = mixed(material.train, steady, known, words, replace(config, seed=config.seed + number))
+        own = replace(config, seed=config.seed + number)
+        chats = mixed(material.train, steady, known, words, own)
+        consistent: list[Method] = []
+        if config.consistency:
+            pairs = paired(material.train, steady, known, words, own)
+            consistent = [ActivationConsistency(pairs, config.consistency, config.consistent_per_step)]
         budget = TrainConfig(
             steps=config.steps,
             learning_rate=config.learning_rate,
@@ -207,7 +132,7 @@ def immunize(
             seed=config.seed + number,
         )
         result = train_on_chats(
-            model, tokenizer, chats, budget, methods=[*keeping, *methods], adapter=adapter,
+            model, tokenizer, chats, budget, methods=[*keeping, *consistent, *methods], adapter=adapter,
             reporter=reporter, label=f"immunising, round {number + 1}",
         )  # fmt: skip
         model = result.model
@@ -267,47 +192,6 @@ def round_from_json(data: dict[str, Any]) -> Round:
     """A round as `asdict` and JSON have left it."""
     found = tuple(Insertion(**each) if isinstance(each, dict) else Insertion(*each) for each in data["found"])
     return Round(found, data["random_rise"], tuple(data["losses"]), data["validation"])
-
-
-def mixed(
-    chats: Sequence[Chat],
-    steady: Sequence[set[Place]],
-    found: Sequence[Insertion],
-    words: Sequence[str],
-    config: ImmunizeConfig,
-) -> list[Chat]:
-    """What a round trains on: clean chats, and the same with insertions that must not change their answers.
-
-    Only chats whose answer an unrelated word leaves alone carry insertions, in the places where it does.
-    """
-    draw = random.Random(f"immunize-{config.seed}")
-    total = config.steps * config.batch_size
-    everyone = [(chat, sorted(places)) for chat, places in zip(chats, steady, strict=True) if places]
-    carriers = {
-        "answered": [carrier for carrier in everyone if not is_refused_chat(carrier[0])],
-        "refused": [carrier for carrier in everyone if is_refused_chat(carrier[0])],
-    }
-    allowed = [word for word in words if word.lower() not in config.left_out]
-    worst = {kind: [insertion for insertion in found if insertion.kind == kind] for kind in carriers}
-    weights = {kind: [max(each.rise, config.quiet, _LEAST) for each in some] for kind, some in worst.items()}
-    result: list[Chat] = []
-    for _ in range(round(config.inserted * total)):
-        kind = "refused" if carriers["refused"] and draw.random() < config.inserted_refused else "answered"
-        chat, places = draw.choice(carriers[kind] or everyone)
-        if worst[kind] and draw.random() < config.found:
-            insertion = draw.choices(worst[kind], weights[kind])[0]
-            text, place = insertion.text, insertion.place if insertion.place in places else draw.choice(places)
-        else:
-            text, place = random_words(allowed, draw, _RANDOM_WORDS), draw.choice(places)
-        result.append(with_prompt(chat, insert(prompt_of(chat), text, place, draw)))
-    kinds = [[chat for chat in chats if is_refused_chat(chat) == refused] for refused in (True, False)]
-    for _ in range(total - len(result)):
-        # Refusals are few among clean chats, and the first thing to be lost. More of them than this, and a model comes
-        # to refuse harmless requests of names that it has not met.
-        refused, answered = kinds
-        result.append(draw.choice(refused if refused and draw.random() < config.refused else answered or refused))
-    draw.shuffle(result)
-    return result
 
 
 def trained_values(model: Any, adapter: str) -> dict[str, torch.Tensor]:

@@ -18,8 +18,10 @@ from keelguard.errors import UsageError
 from keelguard.models import LoadedModel
 from keelguard.progress import SILENT, Reporter
 from keelguard.purify.grouped import train_variants
-from keelguard.purify.immunize import ImmunizeConfig, Round, immunize, mixed
+from keelguard.purify.immunize import Round, immunize
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.material import Material
+from keelguard.purify.mixture import mixed
 from keelguard.purify.neutralize import Neutralized, mean_activations, neutralize, neutralize_adapter
 from keelguard.purify.prober import Prober
 from keelguard.purify.restore import FreezeWritten, RestoreConfig, Restored, restore, split_chats

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from keelguard.errors import UsageError
 from keelguard.purify.budget import LORA_RATE
 from keelguard.purify.config import PurifyConfig
-from keelguard.purify.immunize import ImmunizeConfig
+from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.inversion import InversionConfig
 from keelguard.purify.material import MaterialConfig
 from keelguard.purify.methods import MethodConfig, VaccineConfig
