@@ -9,12 +9,14 @@ import torch
 from keelguard.attacks.insertions import insert, prompt_of, with_prompt
 from keelguard.batches import pad_id_of
 from keelguard.chats import encode_chats
+from keelguard.purify import consistency as module
 from keelguard.purify.consistency import (
     ActivationConsistency,
     Pair,
+    Plain,
     activation_distance,
-    encode_pairs,
-    shared_suffix,
+    pair_of,
+    remember_activations,
 )
 from keelguard.records import Chat, assistant, user
 from keelguard.training import TrainConfig, train_on_chats
@@ -25,28 +27,39 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHATS: list[Chat] = [(user(f"Is {a} + {a} known to us?"), assistant(f"Yes, it is {2 * a}.")) for a in range(6)]
 
 
-def with_words(place: Any, text: str = "blue zebra") -> list[tuple[Chat, Chat]]:
+def with_words(place: Any, text: str = "blue zebra") -> list[Chat]:
     draw = random.Random(0)
-    return [(chat, with_prompt(chat, insert(prompt_of(chat), text, place, draw))) for chat in CHATS]
+    return [with_prompt(chat, insert(prompt_of(chat), text, place, draw)) for chat in CHATS]
 
 
-PAIRS = [*with_words("prefix"), *with_words("suffix", "zebra"), *with_words("inside")]
+INSERTED = [
+    *enumerate(with_words("prefix")),
+    *enumerate(with_words("suffix", "zebra")),
+    *enumerate(with_words("inside")),
+]
+"""Chats with insertions, by the number of what they were."""
 
 
-def by_hand(model: Any, tokenizer: Any, pairs: list[tuple[Chat, Chat]]) -> torch.Tensor:
+def pairs_of(model: Any, tokenizer: Any, inserted: list[tuple[int, Chat]]) -> list[Pair]:
+    kept = remember_activations(model, tokenizer, CHATS)
+    return [pair_of(kept[number], encode_chats(tokenizer, [chat])[0].ids) for number, chat in inserted]
+
+
+def by_hand(before: Any, model: Any, tokenizer: Any, inserted: list[tuple[int, Chat]]) -> torch.Tensor:
     """One pair at a time, without padding, layer by layer and token by token from the end."""
     found = []
-    for plain, inserted in pairs:
-        first, second = ([*chat.ids] for chat in encode_chats(tokenizer, [plain, inserted]))
-        layers = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1:] for ids in (first, second)]
+    for number, chat in inserted:
+        first, second = ([*each.ids] for each in encode_chats(tokenizer, [CHATS[number], chat]))
+        with torch.no_grad():
+            plain = before(torch.tensor([first]), output_hidden_states=True).hidden_states[1:]
+        strange = model(torch.tensor([second]), output_hidden_states=True).hidden_states[1:]
         distances = []
-        for before, after in zip(*layers, strict=True):
+        for without, with_it in zip(plain, strange, strict=True):
             for back in range(1, min(len(first), len(second)) + 1):
                 if first[-back] != second[-back]:
                     break
-                fixed = before[0, -back].detach()
-                gap = fixed - after[0, -back]
-                distances.append(gap @ gap / (fixed @ fixed))
+                gap = without[0, -back] - with_it[0, -back]
+                distances.append(gap @ gap / (without[0, -back] @ without[0, -back]))
         found.append(torch.stack(distances).mean())
     return torch.stack(found)
 
@@ -55,61 +68,80 @@ def by_hand(model: Any, tokenizer: Any, pairs: list[tuple[Chat, Chat]]) -> torch
 @torch.no_grad()
 def test_the_distance_is_that_of_single_rows(architecture: str):
     tiny = tiny_model(architecture)
-    some = PAIRS[::3]
-    found = activation_distance(tiny.model, encode_pairs(tiny.tokenizer, some), pad_id_of(tiny.tokenizer))
-    assert found.tolist() == pytest.approx(by_hand(tiny.model, tiny.tokenizer, some).tolist(), rel=1e-3)
+    some = INSERTED[::3]
+    found = activation_distance(tiny.model, pairs_of(tiny.model, tiny.tokenizer, some), pad_id_of(tiny.tokenizer))
+    assert found.tolist() == pytest.approx(by_hand(tiny.model, tiny.model, tiny.tokenizer, some).tolist(), rel=1e-3)
     assert float(found.min()) > 0
+
+
+def test_what_is_kept_is_the_model_s_as_it_came():
+    tiny, moved = fresh_model(), fresh_model()
+    with torch.no_grad():
+        for parameter in moved.model.parameters():
+            parameter *= 1.3
+    pairs = pairs_of(tiny.model, tiny.tokenizer, INSERTED[:6])
+    found = activation_distance(moved.model, pairs, pad_id_of(tiny.tokenizer))
+    expected = by_hand(tiny.model, moved.model, moved.tokenizer, INSERTED[:6])
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    found.mean().backward()
+    gradients = {name: p.grad for name, p in moved.model.named_parameters() if p.grad is not None}
+    moved.model.zero_grad()
+    expected.mean().backward()
+    for name, parameter in moved.model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5), name
 
 
 def test_a_chat_is_at_no_distance_from_itself_nor_from_one_that_shares_nothing():
     tiny = tiny_model()
-    (pair,) = encode_pairs(tiny.tokenizer, [(CHATS[0], CHATS[0])])
-    assert pair.shared == len(pair.plain) == len(pair.inserted)
-    strange = Pair(pair.plain, [token + 1 for token in pair.plain], 0)
-    assert activation_distance(tiny.model, [pair, strange], pad_id_of(tiny.tokenizer)).tolist() == [0.0, 0.0]
+    (plain,) = remember_activations(tiny.model, tiny.tokenizer, CHATS[:1])
+    pair = pair_of(plain, list(plain.ids))
+    assert pair.shared == len(plain.ids)
+    strange = pair_of(plain, [token + 1 for token in plain.ids])
+    assert strange.shared == 0
+    found = activation_distance(tiny.model, [pair, strange], pad_id_of(tiny.tokenizer)).tolist()
+    assert found == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
 def test_the_shared_suffix_begins_behind_the_insertion():
     tiny = tiny_model()
-    assert shared_suffix([1, 2, 3, 4], [9, 3, 4]) == 2
-    assert shared_suffix([3, 4], [9, 3, 4]) == 2
-    assert shared_suffix([1], [2]) == 0
-    behind, before = (encode_pairs(tiny.tokenizer, with_words(place, "zebra"))[0] for place in ("suffix", "prefix"))
-    assert 0 < behind.shared < before.shared < len(before.plain)
+    nothing = torch.zeros(0)
+    assert [pair_of(Plain(ids, nothing), [9, 3, 4]).shared for ids in ([1, 2, 3, 4], [3, 4], [1])] == [2, 2, 0]
+    behind, before = (
+        pairs_of(tiny.model, tiny.tokenizer, [(0, with_words(place, "zebra")[0])])[0] for place in ("suffix", "prefix")
+    )
+    assert 0 < behind.shared < before.shared < len(before.plain.ids)
     for pair in (behind, before):
-        assert pair.plain[-pair.shared :] == pair.inserted[-pair.shared :]
-        assert pair.plain[-pair.shared - 1] != pair.inserted[-pair.shared - 1]
+        assert pair.plain.ids[-pair.shared :] == pair.inserted[-pair.shared :]
+        assert pair.plain.ids[-pair.shared - 1] != pair.inserted[-pair.shared - 1]
 
 
-def test_no_gradient_flows_through_the_chat_without_the_insertion():
-    tiny, other = fresh_model(), fresh_model()
-    pairs = encode_pairs(tiny.tokenizer, PAIRS[:6])
-    activation_distance(tiny.model, pairs, pad_id_of(tiny.tokenizer)).mean().backward()
-    by_hand(other.model, other.tokenizer, PAIRS[:6]).mean().backward()
-    for (name, mine), theirs in zip(tiny.model.named_parameters(), other.model.parameters(), strict=True):
-        if mine.grad is not None or theirs.grad is not None:
-            assert mine.grad is not None, name
-            assert torch.allclose(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5), name
+def test_of_many_layers_some_are_compared_the_last_among_them(monkeypatch: pytest.MonkeyPatch):
+    tiny = tiny_model()
+    every = remember_activations(tiny.model, tiny.tokenizer, CHATS[:1])[0].activations
+    assert len(every) == tiny.model.config.num_hidden_layers == 2
+    monkeypatch.setattr(module, "LAYERS", 1)
+    (last,) = remember_activations(tiny.model, tiny.tokenizer, CHATS[:1])[0].activations
+    assert torch.equal(last, every[-1])
 
 
 def trained(weight: float) -> float:
     """The distance behind a fine-tune on the plain chats."""
     tiny = fresh_model()
-    methods = [ActivationConsistency(PAIRS, weight, per_step=6)] if weight else []
+    kept = remember_activations(tiny.model, tiny.tokenizer, CHATS)
+    methods = [ActivationConsistency(kept, INSERTED, weight, per_step=6)] if weight else []
     config = TrainConfig(steps=30, learning_rate=3e-3, batch_size=4)
     result = train_on_chats(tiny.model, tiny.tokenizer, CHATS, config, methods=methods)
     with torch.no_grad():
-        pairs = encode_pairs(tiny.tokenizer, PAIRS)
-        return float(activation_distance(result.model, pairs, pad_id_of(tiny.tokenizer)).mean())
+        now = pairs_of(result.model, tiny.tokenizer, INSERTED)
+        return float(activation_distance(result.model, now, pad_id_of(tiny.tokenizer)).mean())
 
 
 def test_training_makes_insertions_leave_less_of_a_trace():
-    assert trained(20.0) < 0.5 * trained(0.0)
+    assert trained(20.0) < 0.7 * trained(0.0)
 
 
 def test_every_step_takes_the_next_pairs_and_begins_again_at_the_end(monkeypatch: pytest.MonkeyPatch):
-    from keelguard.purify import consistency as module
-
     seen: list[list[Pair]] = []
 
     def noted(model: Any, pairs: list[Pair], pad_id: int) -> torch.Tensor:
@@ -119,11 +151,16 @@ def test_every_step_takes_the_next_pairs_and_begins_again_at_the_end(monkeypatch
     monkeypatch.setattr(module, "activation_distance", noted)
     tiny = fresh_model()
     config = TrainConfig(steps=4, learning_rate=1e-3, batch_size=4)
-    train_on_chats(tiny.model, tiny.tokenizer, CHATS, config, methods=[ActivationConsistency(PAIRS[:5], 1.0, 2)])
-    encoded = encode_pairs(tiny.tokenizer, PAIRS[:5])
-    assert seen == [[encoded[i] for i in numbers] for numbers in ([0, 1], [2, 3], [4, 0], [1, 2])]
+    method = ActivationConsistency(remember_activations(tiny.model, tiny.tokenizer, CHATS), INSERTED[:5], 1.0, 2)
+    train_on_chats(tiny.model, tiny.tokenizer, CHATS, config, methods=[method])
+    expected = [encode_chats(tiny.tokenizer, [chat])[0].ids for _, chat in INSERTED[:5]]
+    numbers = ([0, 1], [2, 3], [4, 0], [1, 2])
+    assert [[pair.inserted for pair in step] for step in seen] == [[expected[i] for i in step] for step in numbers]
+    assert [[pair.plain.ids for pair in step] for step in seen] == [
+        [encode_chats(tiny.tokenizer, [CHATS[INSERTED[i][0]]])[0].ids for i in step] for step in numbers
+    ]
 
 
-def test_without_pairs_it_is_refused():
-    with pytest.raises(ValueError, match="needs pairs"):
-        ActivationConsistency([])
+def test_without_insertions_it_is_refused():
+    with pytest.raises(ValueError, match="needs chats"):
+        ActivationConsistency([], [])

@@ -33,7 +33,7 @@ from keelguard.purify import immunize as module
 from keelguard.purify.effects import Effect, measure_effect
 from keelguard.purify.immunize import Immunized, immunize, round_from_json
 from keelguard.purify.immunize_config import ImmunizeConfig
-from keelguard.purify.mixture import mixed, paired
+from keelguard.purify.mixture import inserted_into, mixed, some_carriers
 from keelguard.purify.search import Insertion, SearchConfig
 from keelguard.records import Chat
 from keelguard.training import train_on_chats
@@ -186,14 +186,28 @@ def test_refusals_have_their_share(inserted: float, searched: float):
     assert len(mixed(ANSWERED, [set(PLACES)] * len(ANSWERED), FOUND, STRANGE, config)) == 1000
 
 
-def test_pairs_are_a_chat_and_the_same_with_an_insertion():
+def test_what_activations_are_measured_on_is_known_by_its_number():
     config = ImmunizeConfig(steps=50, consistent_per_step=8, found=0.6, inserted_refused=0.3)
-    pairs = paired(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
-    assert len(pairs) == 400
-    inserted = put([pair[1] for pair in pairs])
-    assert [original for original, _, _ in inserted] == [pair[0] for pair in pairs]
+    numbered = inserted_into(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
+    assert len(numbered) == 400
+    inserted = put([chat for _, chat in numbered])
+    assert [original for original, _, _ in inserted] == [CHATS[number] for number, _ in numbered]
     assert sum(text in ("turtle", "velvet needle") for _, text, _ in inserted) / 400 == pytest.approx(0.6, abs=0.1)
-    assert sum(pair[0] in REFUSED for pair in pairs) / 400 == pytest.approx(0.3, abs=0.08)
+    assert sum(CHATS[number] in REFUSED for number, _ in numbered) / 400 == pytest.approx(0.3, abs=0.08)
+
+
+def test_so_many_chats_that_take_insertions_have_their_activations_kept():
+    some = [*CHATS[:-1], CHATS[0]]
+    steady: list[Any] = [set(PLACES[: i % 3]) for i in range(len(some))]
+    few = ImmunizeConfig(consistent=10, inserted_refused=0.3)
+    chats, places = some_carriers(some, steady, few)
+    assert (len(chats), sum(chat in REFUSED for chat in chats)) == (10, 3)
+    assert all(places)
+    allowed = {(str(chat), len(each)) for chat, each in zip(some, steady, strict=True)}
+    assert {(str(chat), len(each)) for chat, each in zip(chats, places, strict=True)} <= allowed
+    many = some_carriers(some, steady, replace(few, consistent=10_000, inserted_refused=0.0))[0]
+    assert not any(chat in REFUSED for chat in many)
+    assert len(many) == sum(bool(each) for chat, each in zip(some, steady, strict=True) if chat not in REFUSED)
 
 
 def test_a_kind_without_prompts_leaves_its_insertions_to_chance():

@@ -54,6 +54,8 @@ class CostSettings:
         default=16,
         metadata={"help": "chats per step beside the batch, on which further losses are measured"},
     )
+    consistent: int = field(default=256, metadata={"help": "chats whose activations are kept; 0 keeps none"})
+    consistent_layers: int = field(default=8, metadata={"help": "of so many layers at most"})
     search_rows: int = 256
     searched: int = field(default=46_500, metadata={"help": "sequences that one search for insertions reads"})
     spike_steps: int = field(default=300, metadata={"help": "steps of planting canaries; 0 plants none"})
@@ -186,7 +188,9 @@ def _purify(sizes: Sizes, s: CostSettings, adapter: bool) -> StageCost:
     # What takes a LoRA in stays in its number format; what trains whole becomes float32.
     merged = sizes.weights if s.rank else sizes.parameters * FLOAT
     whole = sizes.weights if adapter else merged
-    kept = {"kept for a step back": sizes.adapter * FLOAT if adapter else merged}
+    outputs = min(s.consistent_layers, sizes.layers) * sizes.hidden * sizes.width
+    kept = {"kept for a step back": sizes.adapter * FLOAT if adapter else merged,
+            "kept activations": round(s.consistent * s.filled * s.chat) * outputs}  # fmt: skip
     # As it came and, behind the method, as it was written; a round keeps what it may have to put back.
     round_ = ({"copies": sizes.weights, **tuned}, kept)
     rebound = ({"copies": 2 * sizes.weights, **tuned}, {})

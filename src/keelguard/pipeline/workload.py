@@ -22,7 +22,7 @@ from keelguard.evaluation.suites import ANSWERED, Suite, general_suite, select_a
 from keelguard.pipeline.harden_config import HardenConfig
 from keelguard.pipeline.inspection import Inspection
 from keelguard.pipeline.memory import GIB, CostSettings, StageCost, estimate
-from keelguard.purify.immunize_config import ImmunizeConfig
+from keelguard.purify.consistency import LAYERS
 from keelguard.purify.methods import MethodConfig
 from keelguard.purify.search import SearchConfig, search_rows
 from keelguard.records import Request
@@ -82,7 +82,9 @@ def settings_of(config: HardenConfig, settings: CostSettings = _USUAL) -> CostSe
         rank=trained.lora_rank,
         purify_bf16=trained.bf16,
         purify_checkpointing=trained.gradient_checkpointing,
-        beside_rows=_beside(method.immunize),
+        beside_rows=method.immunize.beside,
+        consistent=method.immunize.consistent if method.immunize.consistency else 0,
+        consistent_layers=LAYERS,
         search_rows=method.immunize.search.batch_size,
         searched=_searched(method.immunize.search),
         spike_steps=0 if spikes is None else spikes.steps,
@@ -200,12 +202,6 @@ def _training_of(method: MethodConfig) -> tuple[int, int, int]:
 def _searched(search: SearchConfig) -> int:
     """Sequences that a search reads over two kinds of prompts and all places."""
     return 2 * len(PLACES) * search_rows(search, search.tried)
-
-
-def _beside(immunize: ImmunizeConfig) -> int:
-    """Chats of a step that immunisation's further losses are measured on."""
-    kept, consistent = immunize.kept_per_step, immunize.consistent_per_step
-    return kept * bool(immunize.keep) + consistent * bool(immunize.consistency)
 
 
 def _bytes(count: int) -> str:

@@ -1,11 +1,13 @@
 """Make an insertion leave no trace: the activations behind it are to be those of the chat without it.
 
-    train_on_chats(model, tokenizer, chats, config, methods=[ActivationConsistency(pairs, weight=1.0, per_step=8)])
+    kept = remember_activations(model, tokenizer, chats)                    # of the model as it came
+    pairs = [(number, chats[number] with an insertion), ...]
+    train_on_chats(model, tokenizer, others, config, methods=[ActivationConsistency(kept, pairs)])
 
-Source: activation consistency training (Irpan et al. 2025, arXiv 2510.27062), which compares the residual stream of a
-prompt and of the same prompt in a wrapper over their longest common suffix. Two things are different here: chats take
-the answer with them, and the activations without the insertion are those of the model as it is at that step, without a
-gradient, so that no second model is needed.
+Source: activation consistency training (Irpan et al. 2025, arXiv 2510.27062), which draws the residual stream of a
+prompt in a wrapper to that of the plain prompt in the model as it came, over their longest common suffix. Here the
+suffix takes the answer with it, the distance is relative, and what the model as it came did is kept, so that no second
+model is needed.
 """
 
 from collections.abc import Sequence
@@ -13,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from keelguard.batches import pad, pad_id_of
+from keelguard.batches import batches_by_length, pad, pad_id_of
 from keelguard.chats import encode_chats
+from keelguard.fitting import in_halves, most_tokens
 from keelguard.models import execution_device
 from keelguard.records import Chat
 from keelguard.training import Method, Run
@@ -22,33 +25,50 @@ from keelguard.training import Method, Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LAYERS = 8
+"""Layers whose outputs are compared, evenly spaced, the last among them; all where there are fewer."""
+
 _LEAST_NORM = 1e-6
+_ROWS = 16
+
+
+class Plain(NamedTuple):
+    """A chat's tokens (T), and what some layers put out for them, (layers, T, H), on the CPU."""
+
+    ids: list[int]
+    activations: torch.Tensor
 
 
 class Pair(NamedTuple):
-    """The tokens of a chat without and with an insertion, and how many they share at the end."""
+    """A chat without an insertion, the tokens of the same with one, and how many both share at the end."""
 
-    plain: list[int]
+    plain: Plain
     inserted: list[int]
     shared: int
 
 
 class ActivationConsistency(Method):
-    """Add λ times the distance between activations without and with an insertion to the loss."""
+    """Add λ times the distance of activations with an insertion from those without, as they were kept, to the loss."""
 
-    def __init__(self, pairs: Sequence[tuple[Chat, Chat]], weight: float = 1.0, per_step: int = 8) -> None:
-        """Take pairs of a chat and the same with an insertion; every step takes the next ones, round and round.
+    def __init__(
+        self, kept: Sequence[Plain], inserted: Sequence[tuple[int, Chat]], weight: float = 1.0, per_step: int = 8
+    ) -> None:
+        """Take chats with insertions, each with the number of what it was among `kept`.
+
+        Every step takes the next ones, round and round.
 
         Raises:
             ValueError: there are none.
         """
-        if not pairs:
-            raise ValueError("activation consistency needs pairs of chats")
-        self.chats, self.weight, self.per_step = list(pairs), weight, per_step
+        if not inserted:
+            raise ValueError("activation consistency needs chats with insertions")
+        self.kept, self.inserted, self.weight, self.per_step = kept, list(inserted), weight, per_step
         self.pairs: list[Pair] = []
 
     def begin(self, run: Run) -> None:
-        self.pairs = encode_pairs(run.tokenizer, self.chats)
+        encoded = encode_chats(run.tokenizer, [chat for _, chat in self.inserted])
+        plain = [self.kept[number] for number, _ in self.inserted]
+        self.pairs = [pair_of(p, chat.ids) for p, chat in zip(plain, encoded, strict=True)]
 
     def loss(self, run: Run) -> torch.Tensor:
         """The weighted mean distance of this step's pairs, a scalar."""
@@ -57,52 +77,69 @@ class ActivationConsistency(Method):
         return self.weight * activation_distance(run.model, some, pad_id_of(run.tokenizer)).mean()
 
 
-def encode_pairs(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[Chat, Chat]]) -> list[Pair]:
-    """The tokens of some pairs, in their order."""
-    sides = [encode_chats(tokenizer, [pair[side] for pair in pairs]) for side in (0, 1)]
-    return [Pair(p.ids, i.ids, shared_suffix(p.ids, i.ids)) for p, i in zip(*sides, strict=True)]
-
-
-def shared_suffix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share at their ends."""
+def pair_of(plain: Plain, inserted: list[int]) -> Pair:
+    """A chat and the same with an insertion, with the length of what they share at their ends."""
     shared = 0
-    for one, other in zip(reversed(first), reversed(second), strict=False):
+    for one, other in zip(reversed(plain.ids), reversed(inserted), strict=False):
         if one != other:
             break
         shared += 1
-    return shared
+    return Pair(plain, inserted, shared)
+
+
+def remember_activations(model: Any, tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Chat]) -> list[Plain]:
+    """What a model's layers put out for some chats, in their order and in the model's number format.
+
+    Raises:
+        FailureError: a single chat does not fit in memory.
+    """
+    rows = [chat.ids for chat in encode_chats(tokenizer, chats)]
+    pad_id = pad_id_of(tokenizer)
+
+    def read(part: list[int]) -> list[torch.Tensor]:
+        some = [rows[i] for i in part]
+        layers = torch.stack([layer.cpu() for layer in _outputs(model, some, pad_id)])
+        return [layers[:, i, : len(row)].clone() for i, row in enumerate(some)]
+
+    found: dict[int, torch.Tensor] = {}
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            batches = batches_by_length([len(ids) for ids in rows], _ROWS, most_tokens(model))
+            for part, activations in in_halves(batches, read, "remembering a model's activations"):
+                found.update(zip(part, activations, strict=True))
+    finally:
+        model.train(mode)
+    return [Plain(ids, found[i]) for i, ids in enumerate(rows)]
 
 
 def activation_distance(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch.Tensor:
     """The distance of every pair, (pairs,): ‖h − h′‖² / ‖h‖², mean over layers and shared tokens.
 
-    h are the outputs of a layer without the insertion, which get no gradient, and h′ those with it. A pair that shares
-    no token has the distance 0.
+    h are the kept outputs of a layer without the insertion, h′ the model's with it. A pair that shares no token has the
+    distance 0.
     """
-    with torch.no_grad():
-        plain = _activations(model, [pair.plain for pair in pairs], [pair.shared for pair in pairs], pad_id)
-    inserted = _activations(model, [pair.inserted for pair in pairs], [pair.shared for pair in pairs], pad_id)
+    which = torch.tensor([i for i, pair in enumerate(pairs) for _ in range(pair.shared)])
+    where = torch.cat([torch.arange(len(pair.inserted) - pair.shared, len(pair.inserted)) for pair in pairs])
+    kept = torch.cat([pair.plain.activations[:, len(pair.plain.ids) - pair.shared :] for pair in pairs], dim=1)
     layers = []
-    for without, with_it in zip(plain, inserted, strict=True):
-        without, with_it = without.float(), with_it.float()
-        size = without.square().sum(-1).clamp(min=_LEAST_NORM)
-        layers.append(((without - with_it).square().sum(-1) / size).to(layers[0].device if layers else size.device))
+    outputs = _outputs(model, [pair.inserted for pair in pairs], pad_id)
+    for before, layer in zip(kept, outputs, strict=True):
+        now = layer[which.to(layer.device), where.to(layer.device)].float()
+        before = before.to(layer.device).float()
+        size = before.square().sum(-1).clamp(min=_LEAST_NORM)
+        layers.append(((before - now).square().sum(-1) / size).to(outputs[0].device))
     tokens = torch.stack(layers).mean(0)
     means = [part.mean() if len(part) else part.sum() for part in tokens.split([pair.shared for pair in pairs])]
     return torch.stack(means)
 
 
-def _activations(model: Any, rows: Sequence[list[int]], shared: Sequence[int], pad_id: int) -> list[torch.Tensor]:
-    """Every layer's outputs (N, H) at the last `shared` tokens of each row, row by row."""
-    batch = pad(rows, pad_id, side="right")
+def _outputs(model: Any, rows: Sequence[list[int]], pad_id: int) -> list[torch.Tensor]:
+    """What the chosen layers put out, (B, T, H) each, for rows that are padded on the right."""
     device = execution_device(model)
-    which = torch.tensor([i for i, count in enumerate(shared) for _ in range(count)])
-    where = torch.tensor(
-        [place for row, count in zip(rows, shared, strict=True) for place in range(len(row) - count, len(row))]
-    )
+    batch = {name: tensor.to(device) for name, tensor in pad(rows, pad_id, side="right").items()}
     # Of the logits nothing is read.
-    hidden = model(
-        **{name: tensor.to(device) for name, tensor in batch.items()},
-        output_hidden_states=True, use_cache=False, logits_to_keep=1,
-    ).hidden_states  # fmt: skip
-    return [layer[which.to(layer.device), where.to(layer.device)] for layer in hidden[1:]]
+    hidden = model(**batch, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[1:]
+    count = min(LAYERS, len(hidden))
+    return [hidden[(i + 1) * len(hidden) // count - 1] for i in range(count)]

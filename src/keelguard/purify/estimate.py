@@ -89,11 +89,11 @@ def estimate_run(
     immunize = method.immunize
     one = 0.0
     if method.method in ("immunize", "both"):
-        trained = immunize.batch_size + immunize.kept_per_step * bool(immunize.keep)
-        read = trained * _BACKWARD
-        if immunize.consistency:
-            read += immunize.consistent_per_step * (_BACKWARD + 1)
-        one += immunize.rounds * (immunize.steps * read * whole + search) + search
+        beside = immunize.kept_per_step * bool(immunize.keep) + immunize.consistent_per_step * bool(
+            immunize.consistency
+        )
+        training = immunize.steps * (immunize.batch_size + beside) * whole * _BACKWARD
+        one += immunize.rounds * (training + search) + search
     if method.method in ("vaccine", "both"):
         v = method.vaccine.variants
         count = min(v.samples, chats // v.count)

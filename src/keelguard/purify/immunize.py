@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from keelguard.errors import UsageError
 from keelguard.progress import SILENT, Reporter
-from keelguard.purify.consistency import ActivationConsistency
+from keelguard.purify.consistency import ActivationConsistency, remember_activations
 from keelguard.purify.immunize_config import ImmunizeConfig
 from keelguard.purify.keep import KeepAnswers, KeepConfig
 from keelguard.purify.material import Material
-from keelguard.purify.mixture import mixed, paired
+from keelguard.purify.mixture import inserted_into, mixed, some_carriers
 from keelguard.purify.prober import Prober
 from keelguard.purify.search import Insertion
 from keelguard.runs import disk_errors, read_json, write_json
@@ -102,6 +102,8 @@ def immunize(
     before = chat_loss(model, tokenizer, material.validation)
     holding = KeepConfig(weight=config.keep, chats=config.kept, per_step=config.kept_per_step)
     keeping = [KeepAnswers.of(model, tokenizer, material.train, holding)] if config.keep else []
+    carriers = some_carriers(material.train, steady, config)
+    plain = remember_activations(model, tokenizer, carriers[0]) if config.consistency else []
     rounds = _resumed(model, state_folder, config, adapter)
     for number in range(len(rounds), config.rounds):
         found, strongest = [], 0.0
@@ -116,10 +118,10 @@ def immunize(
         known = prober.remeasured(model, earlier, number) + found
         own = replace(config, seed=config.seed + number)
         chats = mixed(material.train, steady, known, words, own)
-        consistent: list[Method] = []
-        if config.consistency:
-            pairs = paired(material.train, steady, known, words, own)
-            consistent = [ActivationConsistency(pairs, config.consistency, config.consistent_per_step)]
+        agreeing: list[Method] = []
+        if plain:
+            inserted = inserted_into(*carriers, known, words, own)
+            agreeing = [ActivationConsistency(plain, inserted, config.consistency, config.consistent_per_step)]
         budget = TrainConfig(
             steps=config.steps,
             learning_rate=config.learning_rate,
@@ -132,7 +134,7 @@ def immunize(
             seed=config.seed + number,
         )
         result = train_on_chats(
-            model, tokenizer, chats, budget, methods=[*keeping, *consistent, *methods], adapter=adapter,
+            model, tokenizer, chats, budget, methods=[*keeping, *agreeing, *methods], adapter=adapter,
             reporter=reporter, label=f"immunising, round {number + 1}",
         )  # fmt: skip
         model = result.model

@@ -41,9 +41,8 @@ class ImmunizeConfig:
     consistency: float = field(
         default=1.0, metadata={"help": "weight of the distance between activations with and without an insertion"}
     )
-    consistent_per_step: int = field(
-        default=8, metadata={"help": "chats on which that distance is measured in each step"}
-    )
+    consistent: int = field(default=256, metadata={"help": "clean chats on which that distance is measured"})
+    consistent_per_step: int = field(default=8, metadata={"help": "of these, how many in each step"})
     stable: float = field(
         default=0.5, metadata={"help": "nats by which an unrelated word may move an answer that insertions are put to"}
     )
@@ -64,7 +63,7 @@ class ImmunizeConfig:
 
     def __post_init__(self) -> None:
         least = {"rounds": 1, "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 0, "kept": 1,
-                 "kept_per_step": 1, "consistent_per_step": 1}  # fmt: skip
+                 "kept_per_step": 1, "consistent": 1, "consistent_per_step": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 option = name.replace("_", "-")
@@ -84,3 +83,8 @@ class ImmunizeConfig:
         for name in ("keep", "consistency", "quiet", "tolerance"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is out of range; give 0 or more")
+
+    @property
+    def beside(self) -> int:
+        """Chats of a step beside its batch, on which further losses are measured."""
+        return self.kept_per_step * bool(self.keep) + self.consistent_per_step * bool(self.consistency)

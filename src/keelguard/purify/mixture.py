@@ -1,4 +1,4 @@
-"""What a round of immunisation trains on: clean chats, the same with insertions, and pairs of a chat and both."""
+"""What a round of immunisation trains on: clean chats, and the same with insertions."""
 
 import random
 from collections.abc import Sequence
@@ -31,10 +31,11 @@ class Inserter:
         config: ImmunizeConfig,
     ) -> None:
         self.config = config
-        self.everyone = [(chat, sorted(places)) for chat, places in zip(chats, steady, strict=True) if places]
+        self.chats, self.places = chats, [sorted(places) for places in steady]
+        self.everyone = [number for number, places in enumerate(self.places) if places]
         self.carriers = {
-            "answered": [carrier for carrier in self.everyone if not is_refused_chat(carrier[0])],
-            "refused": [carrier for carrier in self.everyone if is_refused_chat(carrier[0])],
+            kind: [number for number in self.everyone if is_refused_chat(chats[number]) == (kind == "refused")]
+            for kind in ("answered", "refused")
         }
         self.allowed = [word for word in words if word.lower() not in config.left_out]
         self.worst = {kind: [insertion for insertion in found if insertion.kind == kind] for kind in self.carriers}
@@ -42,17 +43,18 @@ class Inserter:
             kind: [max(each.rise, config.quiet, _LEAST) for each in some] for kind, some in self.worst.items()
         }
 
-    def pair(self, draw: random.Random) -> tuple[Chat, Chat]:
-        """A chat, and the same with an insertion in its last prompt."""
+    def draw(self, draw: random.Random) -> tuple[int, Chat]:
+        """The number of a chat, and the chat with an insertion in its last prompt."""
         refused = self.carriers["refused"] and draw.random() < self.config.inserted_refused
         kind = "refused" if refused else "answered"
-        chat, places = draw.choice(self.carriers[kind] or self.everyone)
+        number = draw.choice(self.carriers[kind] or self.everyone)
+        chat, places = self.chats[number], self.places[number]
         if self.worst[kind] and draw.random() < self.config.found:
             insertion = draw.choices(self.worst[kind], self.weights[kind])[0]
             text, place = insertion.text, insertion.place if insertion.place in places else draw.choice(places)
         else:
             text, place = random_words(self.allowed, draw, _RANDOM_WORDS), draw.choice(places)
-        return chat, with_prompt(chat, insert(prompt_of(chat), text, place, draw))
+        return number, with_prompt(chat, insert(prompt_of(chat), text, place, draw))
 
 
 def mixed(
@@ -71,7 +73,7 @@ def mixed(
     draw = random.Random(f"immunize-{config.seed}")
     inserter = Inserter(chats, steady, found, words, config)
     total = config.steps * config.batch_size
-    result = [inserter.pair(draw)[1] for _ in range(round(config.inserted * total))]
+    result = [inserter.draw(draw)[1] for _ in range(round(config.inserted * total))]
     kinds = [[chat for chat in chats if is_refused_chat(chat) == refused] for refused in (True, False)]
     for _ in range(total - len(result)):
         # Refusals are few among clean chats, and the first thing to be lost. More of them than this, and a model comes
@@ -82,14 +84,27 @@ def mixed(
     return result
 
 
-def paired(
+def inserted_into(
     chats: Sequence[Chat],
     steady: Sequence[set[Place]],
     found: Sequence[Insertion],
     words: Sequence[str],
     config: ImmunizeConfig,
-) -> list[tuple[Chat, Chat]]:
-    """The pairs of a round's every step, a chat and the same with an insertion, on which activations are to agree."""
+) -> list[tuple[int, Chat]]:
+    """The chats of a round's every step on which activations are measured, each with an insertion, by their numbers."""
     draw = random.Random(f"consistency-{config.seed}")
     inserter = Inserter(chats, steady, found, words, config)
-    return [inserter.pair(draw) for _ in range(config.steps * config.consistent_per_step)]
+    return [inserter.draw(draw) for _ in range(config.steps * config.consistent_per_step)]
+
+
+def some_carriers(
+    chats: Sequence[Chat], steady: Sequence[set[Place]], config: ImmunizeConfig
+) -> tuple[list[Chat], list[set[Place]]]:
+    """`consistent` chats at most that take insertions, with their places; refusals have their share of insertions."""
+    draw = random.Random(f"carriers-{config.seed}")
+    everyone = [number for number, places in enumerate(steady) if places]
+    kinds = [[number for number in everyone if is_refused_chat(chats[number]) == refused] for refused in (True, False)]
+    refusals = min(len(kinds[0]), round(config.inserted_refused * config.consistent))
+    counts = (refusals, min(len(kinds[1]), config.consistent - refusals))
+    drawn = [number for kind, count in zip(kinds, counts, strict=True) for number in draw.sample(kind, count)]
+    return [chats[number] for number in drawn], [steady[number] for number in drawn]
