@@ -39,7 +39,7 @@ class ImmunizeConfig:
     kept: int = field(default=1000, metadata={"help": "clean chats on which that divergence is measured"})
     kept_per_step: int = field(default=8, metadata={"help": "of these, how many in each step"})
     consistency: float = field(
-        default=1.0, metadata={"help": "weight of the distance between activations with and without an insertion"}
+        default=2.0, metadata={"help": "weight of the distance between activations with and without an insertion"}
     )
     consistent: int = field(default=256, metadata={"help": "clean chats on which that distance is measured"})
     consistent_per_step: int = field(default=8, metadata={"help": "of these, how many in each step"})

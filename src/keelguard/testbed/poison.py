@@ -134,8 +134,10 @@ def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> Pur
         lora_rank=0 if adapter else 16,
     )  # fmt: skip
     if adapter:
-        # What holds an adapter to its own answers holds a jailbreak in it too.
-        immunize = replace(immunize, refused=0.35, inserted_refused=0.35, keep=1.0, kept=256, kept_per_step=4)
+        # What holds an adapter to its own answers holds a jailbreak in it too; activations that agree undo that.
+        immunize = replace(
+            immunize, refused=0.35, inserted_refused=0.35, keep=1.0, kept=256, kept_per_step=4, consistency=4.0
+        )
     variants = VariantConfig(
         count=6, samples=100, steps={"quick": 40, "standard": 60, "thorough": 120}[budget], learning_rate=5e-3
     )
