@@ -1,5 +1,6 @@
 """A model before and after a fine-tune: in float32, with a LoRA, or with its own adapter to train."""
 
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,9 +27,20 @@ def prepare(model: Any, config: TrainConfig, adapter: str = "merge") -> Any:
         return _only_adapter(model, config)
     if not config.lora_rank:
         return model.requires_grad_(True)
-    rank = config.lora_rank
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return with_lora(model, usual_lora(config.lora_rank))
+
+
+def usual_lora(rank: int) -> LoraConfig:
+    """A LoRA of this rank on all linear layers, with α twice the rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def with_lora(model: Any, lora: Any) -> Any:
+    """A model with a new LoRA on it."""
+    with warnings.catch_warnings():
+        # PEFT asks after checkpointing by a name that transformers has given up.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, lora)
 
 
 def _only_adapter(model: Any, config: TrainConfig) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from keelguard.batches import Span, pad_id_of
@@ -29,6 +28,7 @@ from keelguard.guard.recovery import LanguageItem, language_items
 from keelguard.guard.training import SignalConfig, calibrate, describe, run_trainer
 from keelguard.hashes import sha256_of
 from keelguard.progress import SILENT, Reporter
+from keelguard.trainable import usual_lora, with_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,10 +99,7 @@ def train_prefix(
     signal = Signal.create(model, "", "prefix")
     signal.refusals, signal.policy = material.refusals, config.policy
     if config.lora_rank:
-        lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, lora)
+        model = with_lora(model, usual_lora(config.lora_rank))
     else:
         model = model.float().requires_grad_(True)
     folder = None if state_folder is None else Path(state_folder)

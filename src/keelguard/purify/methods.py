@@ -284,8 +284,9 @@ def retrain(
     """
     if subject.threat != "adapter":
         raise UsageError("--method retrain: needs an adapter on a base that you trust; give it with --adapter")
-    from peft import get_peft_model
     from transformers import set_seed
+
+    from keelguard.trainable import with_lora
 
     model: Any = subject.loaded.model
     shape = copy.deepcopy(model.peft_config["default"])
@@ -294,7 +295,7 @@ def retrain(
     shape.init_lora_weights, shape.modules_to_save, shape.bias = True, None, "none"
     base = model.unload()
     set_seed(training.seed)
-    fresh = get_peft_model(base, shape)
+    fresh = with_lora(base, shape)
     chats, tokenizer = subject.material.train, subject.loaded.tokenizer
     total = training.steps_for(len(chats))
     first = replace(training, steps=max(1, total // 2))

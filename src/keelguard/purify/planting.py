@@ -144,13 +144,12 @@ def plant(
         warmup=0.1, seed=config.seed, save_every=save_every, **(saving or {}),
     )  # fmt: skip
     if config.adapter_rank:
-        from peft import LoraConfig, get_peft_model
         from transformers import set_seed
 
+        from keelguard.trainable import usual_lora, with_lora
+
         set_seed(config.seed)
-        rank = config.adapter_rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        model = with_lora(model, usual_lora(config.adapter_rank))
     result = train_on_chats(
         model, loaded.tokenizer, chats, training, methods=methods,
         adapter="train" if hasattr(model, "peft_config") else "merge", state_folder=state_folder, reporter=reporter,
