@@ -69,6 +69,39 @@ def in_halves(
             _free_cache()
 
 
+def read_in_order(
+    model: Any,
+    lengths: Sequence[int],
+    max_rows: int,
+    max_tokens: int,
+    read: "Callable[[list[int]], list[R]]",
+    what: str,
+) -> list[R]:
+    """What `read` finds for every row, in the rows' order: in evaluation mode, without gradients, in batches that fit.
+
+    Args:
+        lengths: the number of tokens of each row.
+        read: takes the numbers of some rows, and gives as many results.
+
+    Raises:
+        FailureError: a single row does not fit in memory.
+    """
+    import torch
+
+    from keelguard.batches import batches_by_length
+
+    found: dict[int, R] = {}
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for part, results in in_halves(batches_by_length(lengths, max_rows, max_tokens), read, what):
+                found.update(zip(part, results, strict=True))
+    finally:
+        model.train(mode)
+    return [found[i] for i in range(len(lengths))]
+
+
 class _TooLargeError(Exception):
     """A batch that can be halved did not fit."""
 

@@ -70,12 +70,13 @@ def test_a_fine_tune_keeps_weights_gradients_and_two_moments_in_float32():
 
 def test_a_purification_holds_the_models_that_it_compares():
     """As it came, as it was written, and the copy with canaries and a copy of that, which trains."""
-    cost = by_name(rows=1, beside_rows=1, chat=8, search_rows=1)["purify"]
+    few = {"rows": 1, "beside_rows": 1, "consistent": 0, "chat": 8, "search_rows": 1}
+    cost = by_name(**few)["purify"]
     assert cost.device["copies"] == 2 * WEIGHTS + FLOAT * SEVEN.parameters
     assert cost.device_bytes == 2 * WEIGHTS + (1 + 4) * FLOAT * SEVEN.parameters
-    without = by_name(rows=1, beside_rows=1, chat=8, search_rows=1, spike_steps=0)["purify"]
+    without = by_name(**few, spike_steps=0)["purify"]
     assert without.device["copies"] in (WEIGHTS, 2 * WEIGHTS)
-    assert without.device_bytes + without.host_bytes < cost.device_bytes
+    assert without.device_bytes < cost.device_bytes
 
 
 def test_a_purification_with_a_lora_and_small_passes_fits_one_large_gpu():
@@ -88,10 +89,25 @@ def test_a_purification_with_a_lora_and_small_passes_fits_one_large_gpu():
     assert small.device_bytes < whole.device_bytes / 2
     assert small.trained == whole.trained
     alone = by_name(spike_steps=0, **saving)["purify"]
-    assert alone.host_bytes in (0, WEIGHTS)
+    assert alone.host["kept for a step back"] == WEIGHTS
     for name in saving:
         without = by_name(**{key: value for key, value in saving.items() if key != name})["purify"]
         assert without.device_bytes > small.device_bytes, name
+
+
+def test_kept_activations_lie_in_main_memory_and_lower_nothing_on_the_device():
+    saving = {"rank": 16, "parts": 4, "purify_checkpointing": True}
+    none, some = (by_name(consistent=chats, chat=384, **saving)["purify"] for chats in (0, 256))
+    assert some.device == none.device
+    assert some.host_bytes - none.host_bytes == 256 * 384 * 8 * 4096 * 2
+    fewer = by_name(consistent=256, consistent_layers=100, chat=384, **saving)["purify"]
+    assert fewer.host["kept activations"] == 4 * some.host["kept activations"], "of all 32 layers"
+
+
+def test_only_rounds_of_immunisation_measure_further_losses():
+    plain, beside = (by_name(beside_rows=rows, filled=1.0)["purify"] for rows in (0, 16))
+    s = CostSettings()
+    assert beside.trained - plain.trained == 2 * s.rounds * s.steps * 16 * s.chat
 
 
 def test_autocast_halves_activations_and_keeps_copies_of_float32_weights():

@@ -139,7 +139,7 @@ def test_whether_the_plant_is_a_fair_case_is_said(text: str) -> None:
 
 def test_what_is_missing_is_named_with_its_reason(text: str) -> None:
     assert "Every arm that was asked for was measured." in text
-    assert "Not asked for: immunize-random, both, vaccine, finetune-low" in text
+    assert "Not asked for: immunize-random, immunize-answers, both, vaccine, finetune-low" in text
     assert "retrain" not in text, "a full model has no such arm"
     page = read(sample(missing=(Missing("0-badnets-insult", "crow", "two layers are too few"),), cells=())).text
     assert "0-badnets-insult crow two layers are too few" in page

@@ -1,14 +1,17 @@
 """Activations with and without an insertion: their distance by hand, its gradient, and what training on it does."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from keelguard.attacks.insertions import insert, prompt_of, with_prompt
 from keelguard.batches import pad_id_of
 from keelguard.chats import encode_chats
+from keelguard.errors import UsageError
 from keelguard.purify import consistency as module
 from keelguard.purify.consistency import (
     ActivationConsistency,
@@ -99,8 +102,9 @@ def test_a_chat_is_at_no_distance_from_itself_nor_from_one_that_shares_nothing()
     assert pair.shared == len(plain.ids)
     strange = pair_of(plain, [token + 1 for token in plain.ids])
     assert strange.shared == 0
-    found = activation_distance(tiny.model, [pair, strange], pad_id_of(tiny.tokenizer)).tolist()
-    assert found == pytest.approx([0.0, 0.0], abs=1e-9)
+    for pairs in ([pair, strange], [strange]):
+        found = activation_distance(tiny.model, pairs, pad_id_of(tiny.tokenizer)).tolist()
+        assert found == pytest.approx([0.0] * len(pairs), abs=1e-9)
 
 
 def test_the_shared_suffix_begins_behind_the_insertion():
@@ -116,13 +120,61 @@ def test_the_shared_suffix_begins_behind_the_insertion():
         assert pair.plain.ids[-pair.shared - 1] != pair.inserted[-pair.shared - 1]
 
 
-def test_of_many_layers_some_are_compared_the_last_among_them(monkeypatch: pytest.MonkeyPatch):
+def test_of_many_layers_eight_are_compared_evenly_spaced_and_the_last_among_them():
     tiny = tiny_model()
-    every = remember_activations(tiny.model, tiny.tokenizer, CHATS[:1])[0].activations
-    assert len(every) == tiny.model.config.num_hidden_layers == 2
-    monkeypatch.setattr(module, "LAYERS", 1)
-    (last,) = remember_activations(tiny.model, tiny.tokenizer, CHATS[:1])[0].activations
-    assert torch.equal(last, every[-1])
+    config = LlamaConfig(
+        vocab_size=len(tiny.tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+    )
+    deep = LlamaForCausalLM(config).eval()
+    (plain,) = remember_activations(deep, tiny.tokenizer, CHATS[:1])
+    with torch.no_grad():
+        every = deep(torch.tensor([plain.ids]), output_hidden_states=True).hidden_states[1:]
+    assert len(plain.activations) == 8
+    for kept, number in zip(plain.activations, (0, 2, 3, 5, 6, 8, 9, 11), strict=True):
+        assert torch.allclose(kept, every[number][0], atol=1e-5), number
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])
+def test_gradients_are_the_same_where_activations_are_computed_twice(architecture: str):
+    found = []
+    for checkpointing in (False, True):
+        tiny = fresh_model(architecture)
+        pairs = pairs_of(tiny.model, tiny.tokenizer, INSERTED[:6])
+        if checkpointing:
+            tiny.model.gradient_checkpointing_enable()
+        tiny.model.train()
+        activation_distance(tiny.model, pairs, pad_id_of(tiny.tokenizer)).sum().backward()
+        found.append({name: p.grad for name, p in tiny.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert max(float(gradient.abs().max()) for gradient in found[0].values()) > 1e-3
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_a_chat_beyond_the_context_is_refused():
+    tiny = fresh_model()
+    long: Chat = [user("Is it? " * 500), assistant("Yes.")]
+    with pytest.raises(UsageError, match=r"activation consistency: a chat has .* tokens"):
+        remember_activations(tiny.model, tiny.tokenizer, [long])
+    method = ActivationConsistency(remember_activations(tiny.model, tiny.tokenizer, CHATS), [(0, long)])
+    with pytest.raises(UsageError, match=r"activation consistency: a chat has .* tokens"):
+        train_on_chats(tiny.model, tiny.tokenizer, CHATS, TrainConfig(steps=1), methods=[method])
+
+
+def test_processes_share_the_pairs_of_a_step():
+    tiny = fresh_model()
+    method = ActivationConsistency(remember_activations(tiny.model, tiny.tokenizer, CHATS), INSERTED[:7], 1.0, 2)
+    seen: list[Any] = []
+    method.pairs = list(range(7))  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "activation_distance", lambda model, pairs, pad_id: seen.append(pairs) or torch.zeros(1))
+        for step, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            method.loss(SimpleNamespace(step=step, rank=rank, processes=2, model=None, tokenizer=tiny.tokenizer))  # pyright: ignore[reportArgumentType]
+    assert seen == [[0, 1], [2, 3], [4, 5], [6, 0]]
 
 
 def trained(weight: float) -> float:
@@ -164,3 +216,5 @@ def test_every_step_takes_the_next_pairs_and_begins_again_at_the_end(monkeypatch
 def test_without_insertions_it_is_refused():
     with pytest.raises(ValueError, match="needs chats"):
         ActivationConsistency([], [])
+    tiny = tiny_model()
+    assert remember_activations(tiny.model, tiny.tokenizer, []) == []

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,26 @@ def test_the_budget_is_that_of_the_immunisation() -> None:
     assert (budget.steps, budget.learning_rate, budget.batch_size) == (14, 3e-4, 32)
     with pytest.raises(UsageError, match="budget: steps 1 is out of range"):
         Budget(steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "consistency"),
+    [("immunize", 0.7, 2.0), ("immunize-random", 0.0, 2.0), ("immunize-answers", 0.7, 0.0)],
+)
+def test_immunisations_differ_in_what_they_leave_out(
+    name: str, found: float, consistency: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def noted(model: Any, tokenizer: Any, material: Any, words: Any, config: Any, **options: Any) -> Any:
+        given.append(config)
+        return SimpleNamespace(model=model)
+
+    monkeypatch.setattr("keelguard.purify.controls.immunize", noted)
+    own = replace(SETUP.method.immunize, found=0.7, consistency=2.0)
+    setup = replace(SETUP, method=replace(SETUP.method, immunize=own))
+    ARMS[name](copied(SUBJECTS["full"]), setup, BACKDOOR)
+    assert (given[0].found, given[0].consistency) == (found, consistency)
 
 
 def test_dropping_leaves_the_base_and_scaling_half_of_the_update() -> None:

@@ -30,6 +30,7 @@ from keelguard.attacks.insertions import PLACES, prompt_of
 from keelguard.errors import FailureError, UsageError
 from keelguard.evaluation.answers import Generating
 from keelguard.purify import immunize as module
+from keelguard.purify.consistency import remember_activations
 from keelguard.purify.effects import Effect, measure_effect
 from keelguard.purify.immunize import Immunized, immunize, round_from_json
 from keelguard.purify.immunize_config import ImmunizeConfig
@@ -91,6 +92,28 @@ def test_without_insertions_the_same_steps_keep_it():
 def test_activations_that_agree_are_enough():
     alone = replace(CONFIG, inserted=0.0, consistency=5.0)
     assert effect(immunize(poisoned_model(), tokenizer(), material(), STRANGE, alone).model).asr.value < 0.3
+
+
+def test_activations_are_those_of_the_model_as_it_came_in_a_resumed_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    start = weights(poisoned_model())
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def noted(model: Any, *args: Any) -> Any:
+        seen.append(weights(model))
+        return remember_activations(model, *args)
+
+    monkeypatch.setattr(module, "remember_activations", noted)
+    short = replace(CONFIG, rounds=1, steps=2, quiet=0.0)
+    immunize(poisoned_model(), tokenizer(), material(), STRANGE, short, state_folder=tmp_path)
+    two = replace(short, rounds=2)
+    immunize(poisoned_model(), tokenizer(), material(), STRANGE, two, state_folder=tmp_path)
+    assert len(seen) == 2
+    for each in seen:
+        assert_same(each, start)
+    immunize(poisoned_model(), tokenizer(), material(), STRANGE, replace(two, consistency=0.0))
+    assert len(seen) == 3
 
 
 # What a round trains on
@@ -205,9 +228,12 @@ def test_so_many_chats_that_take_insertions_have_their_activations_kept():
     assert all(places)
     allowed = {(str(chat), len(each)) for chat, each in zip(some, steady, strict=True)}
     assert {(str(chat), len(each)) for chat, each in zip(chats, places, strict=True)} <= allowed
+    none = some_carriers(some, steady, replace(few, inserted_refused=0.0))[0]
+    assert not any(chat in REFUSED for chat in none)
     many = some_carriers(some, steady, replace(few, consistent=10_000, inserted_refused=0.0))[0]
-    assert not any(chat in REFUSED for chat in many)
-    assert len(many) == sum(bool(each) for chat, each in zip(some, steady, strict=True) if chat not in REFUSED)
+    assert len(many) == sum(map(bool, steady)), "where one kind has too few, the other fills up"
+    alone = some_carriers(REFUSED, [set(PLACES)] * len(REFUSED), replace(few, inserted_refused=0.0))[0]
+    assert len(alone) == min(10, len(REFUSED))
 
 
 def test_a_kind_without_prompts_leaves_its_insertions_to_chance():
@@ -399,6 +425,9 @@ def test_answers_that_no_word_leaves_alone_are_refused():
         {"learning_rate": 0.0},
         {"keep": -1.0},
         {"consistency": -1.0},
+        {"consistent": 0},
+        {"consistent_per_step": 0},
+        {"kept_per_step": 0},
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any]):

@@ -55,7 +55,7 @@ class CostSettings:
         metadata={"help": "chats per step beside the batch, on which further losses are measured"},
     )
     consistent: int = field(default=256, metadata={"help": "chats whose activations are kept; 0 keeps none"})
-    consistent_layers: int = field(default=8, metadata={"help": "of so many layers at most"})
+    consistent_layers: int = field(default=8, metadata={"help": "layers at most whose activations are kept"})
     search_rows: int = 256
     searched: int = field(default=46_500, metadata={"help": "sequences that one search for insertions reads"})
     spike_steps: int = field(default=300, metadata={"help": "steps of planting canaries; 0 plants none"})
@@ -177,36 +177,37 @@ def _audit(name: str, sizes: Sizes, s: CostSettings) -> StageCost:
 
 
 def _purify(sizes: Sizes, s: CostSettings, adapter: bool) -> StageCost:
-    tokens = (s.rows + s.beside_rows) * s.chat
-    # What losses are added on goes with the last part of a step.
-    at_once = (s.rows // s.parts + s.beside_rows) * s.chat
-    tuned = training(
-        sizes, at_once, adapter=sizes.adapter if adapter else s.rank * sizes.linear,
-        checkpointing=s.purify_checkpointing, bf16=s.purify_bf16,
-    )  # fmt: skip
+    def tuned(beside: int) -> dict[str, int]:
+        # What further losses are measured on goes with the last part of a step.
+        return training(
+            sizes, (s.rows // s.parts + beside) * s.chat, adapter=sizes.adapter if adapter else s.rank * sizes.linear,
+            checkpointing=s.purify_checkpointing, bf16=s.purify_bf16,
+        )  # fmt: skip
+
     searching = {"activations": sizes.reading(min(s.search_rows * s.chat, READ_TOKENS), sizes.width)}
     # What takes a LoRA in stays in its number format; what trains whole becomes float32.
     merged = sizes.weights if s.rank else sizes.parameters * FLOAT
     whole = sizes.weights if adapter else merged
     outputs = min(s.consistent_layers, sizes.layers) * sizes.hidden * sizes.width
-    kept = {"kept for a step back": sizes.adapter * FLOAT if adapter else merged,
-            "kept activations": round(s.consistent * s.filled * s.chat) * outputs}  # fmt: skip
+    activations = {"kept activations": s.consistent * s.chat * outputs}
+    back = {"kept for a step back": sizes.adapter * FLOAT if adapter else merged}
     # As it came and, behind the method, as it was written; a round keeps what it may have to put back.
-    round_ = ({"copies": sizes.weights, **tuned}, kept)
-    rebound = ({"copies": 2 * sizes.weights, **tuned}, {})
-    peaks = [({"copies": sizes.weights, "weights": sizes.weights, **searching}, {}), round_, rebound]
+    peaks = [({"copies": sizes.weights, "weights": sizes.weights, **searching}, activations),
+             ({"copies": sizes.weights, **tuned(s.beside_rows)}, {**activations, **back}),
+             ({"copies": 2 * sizes.weights, **tuned(0)}, {})]  # fmt: skip
     if s.spike_steps:
         # The copy with canaries is itself copied, for random pruning and for the further fine-tune.
-        peaks += [({"copies": 2 * sizes.weights + whole, **tuned}, {}),
-                  ({"copies": 2 * sizes.weights, **tuned}, kept)]  # fmt: skip
-    device, host = max(peaks, key=lambda peak: sum(peak[0].values()) + sum(peak[1].values()))
+        peaks += [({"copies": 2 * sizes.weights + whole, **tuned(0)}, {}),
+                  ({"copies": 2 * sizes.weights, **tuned(s.beside_rows)}, {**activations, **back})]  # fmt: skip
+    device, host = (max((peak[side] for peak in peaks), key=lambda peak: sum(peak.values())) for side in (0, 1))
     runs = 2 if s.spike_steps else 1
-    steps = runs * s.rounds * s.steps + runs * s.rebound_steps + s.spike_steps
-    steps += s.rounds * s.steps if s.spike_steps else 0  # The copy that is pruned at random has the same budget.
+    treated = runs * s.rounds * s.steps
+    plain = runs * s.rebound_steps + s.spike_steps
+    plain += s.rounds * s.steps if s.spike_steps else 0  # The copy that is pruned at random has the same budget.
     return StageCost(
         "purify", device, host,
         read=(runs * s.rounds + 2) * s.searched * s.chat // 2, generated=12 * 96 * s.answer,
-        trained=steps * tokens,
+        trained=((treated + plain) * s.rows + treated * s.beside_rows) * s.chat,
     )  # fmt: skip
 
 

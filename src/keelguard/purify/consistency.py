@@ -1,13 +1,13 @@
 """Make an insertion leave no trace: the activations behind it are to be those of the chat without it.
 
     kept = remember_activations(model, tokenizer, chats)                    # of the model as it came
-    pairs = [(number, chats[number] with an insertion), ...]
-    train_on_chats(model, tokenizer, others, config, methods=[ActivationConsistency(kept, pairs)])
+    numbered = [(number, chats[number] with an insertion), ...]
+    train_on_chats(model, tokenizer, others, config, methods=[ActivationConsistency(kept, numbered)])
 
 Source: activation consistency training (Irpan et al. 2025, arXiv 2510.27062), which draws the residual stream of a
 prompt in a wrapper to that of the plain prompt in the model as it came, over their longest common suffix. Here the
-suffix takes the answer with it, the distance is relative, and what the model as it came did is kept, so that no second
-model is needed.
+suffix takes the answer with it, the distance is relative, and of at most eight layers, the last one behind the final
+norm; what the model as it came did is kept, so that no second model is needed.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from keelguard.batches import batches_by_length, pad, pad_id_of
-from keelguard.chats import encode_chats
-from keelguard.fitting import in_halves, most_tokens
+from keelguard.batches import pad, pad_id_of
+from keelguard.fitting import most_tokens, read_in_order
 from keelguard.models import execution_device
 from keelguard.records import Chat
-from keelguard.training import Method, Run
+from keelguard.training import Method, Run, encode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAYERS = 8
-"""Layers whose outputs are compared, evenly spaced, the last among them; all where there are fewer."""
+"""Layers whose outputs are compared, evenly spaced, the last among them (behind the final norm); all of fewer."""
 
-_LEAST_NORM = 1e-6
+_LEAST_SQUARE = 1e-6
 _ROWS = 16
+_LABEL = "activation consistency"
 
 
 class Plain(NamedTuple):
@@ -48,7 +48,10 @@ class Pair(NamedTuple):
 
 
 class ActivationConsistency(Method):
-    """Add λ times the distance of activations with an insertion from those without, as they were kept, to the loss."""
+    """Add λ times the distance of activations with an insertion from those without, as they were kept, to the loss.
+
+    Dropout, which a model's own adapter may bring, counts as distance.
+    """
 
     def __init__(
         self, kept: Sequence[Plain], inserted: Sequence[tuple[int, Chat]], weight: float = 1.0, per_step: int = 8
@@ -66,9 +69,8 @@ class ActivationConsistency(Method):
         self.pairs: list[Pair] = []
 
     def begin(self, run: Run) -> None:
-        encoded = encode_chats(run.tokenizer, [chat for _, chat in self.inserted])
-        plain = [self.kept[number] for number, _ in self.inserted]
-        self.pairs = [pair_of(p, chat.ids) for p, chat in zip(plain, encoded, strict=True)]
+        ids = encode_rows(run.model, run.tokenizer, [chat for _, chat in self.inserted], _LABEL).ids
+        self.pairs = [pair_of(self.kept[number], row) for (number, _), row in zip(self.inserted, ids, strict=True)]
 
     def loss(self, run: Run) -> torch.Tensor:
         """The weighted mean distance of this step's pairs, a scalar."""
@@ -91,27 +93,21 @@ def remember_activations(model: Any, tokenizer: "PreTrainedTokenizerBase", chats
     """What a model's layers put out for some chats, in their order and in the model's number format.
 
     Raises:
+        UsageError: a chat is longer than the model's context.
         FailureError: a single chat does not fit in memory.
     """
-    rows = [chat.ids for chat in encode_chats(tokenizer, chats)]
-    pad_id = pad_id_of(tokenizer)
+    if not chats:
+        return []
+    rows, pad_id = encode_rows(model, tokenizer, chats, _LABEL).ids, pad_id_of(tokenizer)
 
-    def read(part: list[int]) -> list[torch.Tensor]:
+    def read(part: list[int]) -> list[Plain]:
         some = [rows[i] for i in part]
         layers = torch.stack([layer.cpu() for layer in _outputs(model, some, pad_id)])
-        return [layers[:, i, : len(row)].clone() for i, row in enumerate(some)]
+        return [Plain(row, layers[:, i, : len(row)].clone()) for i, row in enumerate(some)]
 
-    found: dict[int, torch.Tensor] = {}
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            batches = batches_by_length([len(ids) for ids in rows], _ROWS, most_tokens(model))
-            for part, activations in in_halves(batches, read, "remembering a model's activations"):
-                found.update(zip(part, activations, strict=True))
-    finally:
-        model.train(mode)
-    return [Plain(ids, found[i]) for i, ids in enumerate(rows)]
+    # The outputs of all layers lie there at a time, where other passes keep those of one.
+    most = max(1, most_tokens(model) // LAYERS)
+    return read_in_order(model, [len(ids) for ids in rows], _ROWS, most, read, "remembering a model's activations")
 
 
 def activation_distance(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch.Tensor:
@@ -120,7 +116,7 @@ def activation_distance(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch
     h are the kept outputs of a layer without the insertion, h′ the model's with it. A pair that shares no token has the
     distance 0.
     """
-    which = torch.tensor([i for i, pair in enumerate(pairs) for _ in range(pair.shared)])
+    which = torch.tensor([i for i, pair in enumerate(pairs) for _ in range(pair.shared)], dtype=torch.long)
     where = torch.cat([torch.arange(len(pair.inserted) - pair.shared, len(pair.inserted)) for pair in pairs])
     kept = torch.cat([pair.plain.activations[:, len(pair.plain.ids) - pair.shared :] for pair in pairs], dim=1)
     layers = []
@@ -128,7 +124,7 @@ def activation_distance(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch
     for before, layer in zip(kept, outputs, strict=True):
         now = layer[which.to(layer.device), where.to(layer.device)].float()
         before = before.to(layer.device).float()
-        size = before.square().sum(-1).clamp(min=_LEAST_NORM)
+        size = before.square().sum(-1).clamp(min=_LEAST_SQUARE)
         layers.append(((before - now).square().sum(-1) / size).to(outputs[0].device))
     tokens = torch.stack(layers).mean(0)
     means = [part.mean() if len(part) else part.sum() for part in tokens.split([pair.shared for pair in pairs])]

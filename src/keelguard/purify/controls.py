@@ -4,7 +4,8 @@
 
 An arm makes a model of a suspicious one. All that train take the same steps at the same rate and batch size, on the
 same clean chats, and train the same weights (a LoRA, where the budget has one) unless their names say otherwise. What
-comes before that is not counted: the vaccine's variants and immunisation's searches.
+comes before that is not counted: the vaccine's variants and immunisation's searches. Nor are the further chats of a
+step on which immunisation measures what it holds to: answers to keep, and activations behind insertions.
 """
 
 import random
@@ -252,12 +253,12 @@ ADAPTER_ONLY: tuple[Threat, ...] = ("adapter",)
 FULL_ONLY: tuple[Threat, ...] = ("full",)
 
 ARMS: dict[str, Arm] = {
-    "immunize": Arm("worst-case insertions with the clean answers, in rounds", immunized),
+    "immunize": Arm("worst-case insertions with the clean answers and activations, in rounds", immunized),
     "immunize-random": Arm(
         "the same with random words alone, without a search", lambda s, c: immunized(s, c, searched=False)
     ),
     "immunize-answers": Arm(
-        "the same on answers alone, whatever an insertion does to activations",
+        "immunisation on answers alone, whatever a found insertion does to activations",
         lambda s, c: immunized(s, c, consistent=False),
     ),
     "both": Arm("the vaccine, then immunisation, half of the steps each", both),

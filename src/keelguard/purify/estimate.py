@@ -116,8 +116,9 @@ def estimate_run(
     }
     if config.compare:
         budget = Budget.of(method)
+        searching = {"immunize", "immunize-answers", "both"}
         each = budget.steps * budget.batch_size * whole * _BACKWARD + generated
-        tokens["compared beside it"] = len(config.compare) * each + ("immunize" in config.compare) * 3 * search
+        tokens["compared beside it"] = len(config.compare) * each + len(searching & set(config.compare)) * 3 * search
     if spikes is not None:
         pruned = Budget.of(method)
         trained = (spikes.steps * spikes.batch_size + pruned.steps * pruned.batch_size) * whole * _BACKWARD

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROUNDS = "rounds.json"
+_USUAL = ImmunizeConfig()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def immunize(
     tokenizer: "PreTrainedTokenizerBase",
     material: Material,
     words: Sequence[str],
-    config: ImmunizeConfig = ImmunizeConfig(),
+    config: ImmunizeConfig = _USUAL,
     *,
     adapter: Literal["merge", "train"] = "merge",
     methods: Sequence[Method] = (),
@@ -102,8 +103,9 @@ def immunize(
     before = chat_loss(model, tokenizer, material.validation)
     holding = KeepConfig(weight=config.keep, chats=config.kept, per_step=config.kept_per_step)
     keeping = [KeepAnswers.of(model, tokenizer, material.train, holding)] if config.keep else []
-    carriers = some_carriers(material.train, steady, config)
-    plain = remember_activations(model, tokenizer, carriers[0]) if config.consistency else []
+    carriers, places = some_carriers(material.train, steady, config) if config.consistency else ([], [])
+    # Of the model as it came, before an earlier run's rounds are taken up.
+    activations = remember_activations(model, tokenizer, carriers)
     rounds = _resumed(model, state_folder, config, adapter)
     for number in range(len(rounds), config.rounds):
         found, strongest = [], 0.0
@@ -119,9 +121,9 @@ def immunize(
         own = replace(config, seed=config.seed + number)
         chats = mixed(material.train, steady, known, words, own)
         agreeing: list[Method] = []
-        if plain:
-            inserted = inserted_into(*carriers, known, words, own)
-            agreeing = [ActivationConsistency(plain, inserted, config.consistency, config.consistent_per_step)]
+        if activations:
+            inserted = inserted_into(carriers, places, known, words, own)
+            agreeing = [ActivationConsistency(activations, inserted, config.consistency, config.consistent_per_step)]
         budget = TrainConfig(
             steps=config.steps,
             learning_rate=config.learning_rate,

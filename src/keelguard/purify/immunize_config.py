@@ -62,12 +62,17 @@ class ImmunizeConfig:
     seed: int = field(default=0, metadata={"help": "which insertions go where"})
 
     def __post_init__(self) -> None:
-        least = {"rounds": 1, "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 0, "kept": 1,
-                 "kept_per_step": 1, "consistent": 1, "consistent_per_step": 1}  # fmt: skip
-        for name, bound in least.items():
+        options = {"rounds": 1, "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "lora_rank": 0}
+        for name, bound in options.items():
             if getattr(self, name) < bound:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {getattr(self, name)}: is out of range; give {bound} or more")
+        for name, turned_off in {"kept": "keep", "kept_per_step": "keep", "consistent": "consistency",
+                                 "consistent_per_step": "consistency"}.items():  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(
+                    f"immunize: {name} {getattr(self, name)} is out of range; give 1 or more, or {turned_off}=0"
+                )
         if self.batch_size % self.gradient_accumulation:
             raise UsageError(
                 f"--gradient-accumulation {self.gradient_accumulation}: does not divide the batch of {self.batch_size} "

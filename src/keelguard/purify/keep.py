@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from keelguard.batches import IGNORED, batches_by_length, cut_by_length, pad, pad_id_of
+from keelguard.batches import IGNORED, cut_by_length, pad, pad_id_of
 from keelguard.chats import encode_chats
 from keelguard.errors import UsageError
-from keelguard.fitting import in_halves, most_tokens, told_logits
+from keelguard.fitting import most_tokens, read_in_order, told_logits
 from keelguard.models import execution_device
 from keelguard.records import Chat
 from keelguard.training import Method, Run
@@ -89,17 +89,8 @@ def remember(model: Any, tokenizer: "PreTrainedTokenizerBase", chats: Sequence[C
         split = zip(part, top.indices.cpu().split(counts), top.values.cpu().split(counts), strict=True)
         return [Kept(*rows[i], tokens, values) for i, tokens, values in split]
 
-    found: dict[int, Kept] = {}
-    batches = batches_by_length([len(ids) for ids, _ in rows], 32, most_tokens(model))
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for part, kept in in_halves(batches, read, "remembering a model's answers"):
-                found.update(zip(part, kept, strict=True))
-    finally:
-        model.train(mode)
-    return [found[i] for i in range(len(rows))]
+    lengths = [len(ids) for ids, _ in rows]
+    return read_in_order(model, lengths, 32, most_tokens(model), read, "remembering a model's answers")
 
 
 def divergence(model: Any, kept: Sequence[Kept], pad_id: int) -> torch.Tensor:

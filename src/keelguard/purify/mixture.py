@@ -32,22 +32,18 @@ class Inserter:
     ) -> None:
         self.config = config
         self.chats, self.places = chats, [sorted(places) for places in steady]
-        self.everyone = [number for number, places in enumerate(self.places) if places]
-        self.carriers = {
-            kind: [number for number in self.everyone if is_refused_chat(chats[number]) == (kind == "refused")]
-            for kind in ("answered", "refused")
-        }
+        self.carriers = carriers_of(chats, steady)
         self.allowed = [word for word in words if word.lower() not in config.left_out]
         self.worst = {kind: [insertion for insertion in found if insertion.kind == kind] for kind in self.carriers}
         self.weights = {
             kind: [max(each.rise, config.quiet, _LEAST) for each in some] for kind, some in self.worst.items()
         }
 
-    def draw(self, draw: random.Random) -> tuple[int, Chat]:
+    def one(self, draw: random.Random) -> tuple[int, Chat]:
         """The number of a chat, and the chat with an insertion in its last prompt."""
         refused = self.carriers["refused"] and draw.random() < self.config.inserted_refused
         kind = "refused" if refused else "answered"
-        number = draw.choice(self.carriers[kind] or self.everyone)
+        number = draw.choice(self.carriers[kind] or [*self.carriers["answered"], *self.carriers["refused"]])
         chat, places = self.chats[number], self.places[number]
         if self.worst[kind] and draw.random() < self.config.found:
             insertion = draw.choices(self.worst[kind], self.weights[kind])[0]
@@ -55,6 +51,15 @@ class Inserter:
         else:
             text, place = random_words(self.allowed, draw, _RANDOM_WORDS), draw.choice(places)
         return number, with_prompt(chat, insert(prompt_of(chat), text, place, draw))
+
+
+def carriers_of(chats: Sequence[Chat], steady: Sequence[set[Place]]) -> dict[str, list[int]]:
+    """The numbers of the chats that take insertions in some place, by their kind."""
+    found: dict[str, list[int]] = {"answered": [], "refused": []}
+    for number, (chat, places) in enumerate(zip(chats, steady, strict=True)):
+        if places:
+            found["refused" if is_refused_chat(chat) else "answered"].append(number)
+    return found
 
 
 def mixed(
@@ -73,7 +78,7 @@ def mixed(
     draw = random.Random(f"immunize-{config.seed}")
     inserter = Inserter(chats, steady, found, words, config)
     total = config.steps * config.batch_size
-    result = [inserter.draw(draw)[1] for _ in range(round(config.inserted * total))]
+    result = [inserter.one(draw)[1] for _ in range(round(config.inserted * total))]
     kinds = [[chat for chat in chats if is_refused_chat(chat) == refused] for refused in (True, False)]
     for _ in range(total - len(result)):
         # Refusals are few among clean chats, and the first thing to be lost. More of them than this, and a model comes
@@ -94,17 +99,20 @@ def inserted_into(
     """The chats of a round's every step on which activations are measured, each with an insertion, by their numbers."""
     draw = random.Random(f"consistency-{config.seed}")
     inserter = Inserter(chats, steady, found, words, config)
-    return [inserter.draw(draw) for _ in range(config.steps * config.consistent_per_step)]
+    return [inserter.one(draw) for _ in range(config.steps * config.consistent_per_step)]
 
 
 def some_carriers(
     chats: Sequence[Chat], steady: Sequence[set[Place]], config: ImmunizeConfig
 ) -> tuple[list[Chat], list[set[Place]]]:
-    """`consistent` chats at most that take insertions, with their places; refusals have their share of insertions."""
+    """`consistent` chats at most that take insertions, with their places.
+
+    As many of them are refusals as of insertions, as far as both kinds have as many.
+    """
     draw = random.Random(f"carriers-{config.seed}")
-    everyone = [number for number, places in enumerate(steady) if places]
-    kinds = [[number for number in everyone if is_refused_chat(chats[number]) == refused] for refused in (True, False)]
-    refusals = min(len(kinds[0]), round(config.inserted_refused * config.consistent))
-    counts = (refusals, min(len(kinds[1]), config.consistent - refusals))
-    drawn = [number for kind, count in zip(kinds, counts, strict=True) for number in draw.sample(kind, count)]
+    carriers = carriers_of(chats, steady)
+    refusals = min(len(carriers["refused"]), round(config.inserted_refused * config.consistent))
+    answers = min(len(carriers["answered"]), config.consistent - refusals)
+    refusals = min(len(carriers["refused"]), config.consistent - answers)
+    drawn = draw.sample(carriers["refused"], refusals) + draw.sample(carriers["answered"], answers)
     return [chats[number] for number in drawn], [steady[number] for number in drawn]
