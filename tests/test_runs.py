@@ -377,3 +377,13 @@ def test_a_run_that_began_between_the_look_and_the_lock_is_not_taken_over(
     monkeypatch.setattr(runs.fcntl, "flock", late)
     with pytest.raises(UsageError, match="seed: 1 → 0"), open_run(tmp_path, "audit", SETTINGS):
         pass
+
+
+def test_files_of_an_atomic_folder_are_open_to_whom_new_files_are(tmp_path: Path):
+    with atomic_folder(tmp_path / "made") as folder:
+        (folder / "plain").write_text("x")
+        (folder / "below").mkdir()
+        (folder / "below" / "closed").write_text("x")
+        (folder / "below" / "closed").chmod(0o600)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert len(modes) == 1

@@ -8,7 +8,9 @@ loaded = load_model("base", adapter="adapter")   # a PEFT adapter on its base
 import json
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -118,7 +120,8 @@ def load_model(
             # An adapter that brings added tokens was trained on a base with rows for them.
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer))
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=training)
+            with quiet_peft():
+                model = PeftModel.from_pretrained(model, adapter, is_trainable=training)
     except (*_LOADING_ERRORS, SafetensorError) as error:
         where = "could not be loaded" if Path(part).exists() else "is no folder here and no model of the hub"
         remedy = " Pass --trust-remote-code if you trust who made it." if "trust_remote_code" in str(error) else ""
@@ -131,6 +134,14 @@ def load_model(
     if not training:
         model.requires_grad_(False)
     return LoadedModel(cast("PreTrainedModel", model), cast("Any", tokenizer), str(source), hash_weights(base, adapter))
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without transformers' warning that PEFT asks after checkpointing by a name that has been given up."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def save_checkpoint(
@@ -286,6 +297,6 @@ def _read_template(path: Path) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of a library's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of a library's message, with the next one where it ends with a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,12 +1,12 @@
 """A model before and after a fine-tune: in float32, with a LoRA, or with its own adapter to train."""
 
-import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from keelguard.errors import UsageError
+from keelguard.models import quiet_peft
 from keelguard.training import TrainConfig
 
 
@@ -37,9 +37,7 @@ def usual_lora(rank: int) -> LoraConfig:
 
 def with_lora(model: Any, lora: Any) -> Any:
     """A model with a new LoRA on it."""
-    with warnings.catch_warnings():
-        # PEFT asks after checkpointing by a name that transformers has given up.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    with quiet_peft():
         return get_peft_model(model, lora)
 
 

@@ -21,7 +21,7 @@ from keelguard.purify import stages as stages_module
 from keelguard.purify.bench_run import bench_model
 from keelguard.purify.config import PurifyConfig
 from keelguard.purify.feasible import check_chats, check_settings, stand_ins
-from keelguard.purify.intake import admit, refuse_quantised
+from keelguard.purify.intake import admit, load_subject, refuse_quantised
 from keelguard.purify.poisoned_files import POISON_FILE
 from keelguard.purify.restore import RestoreConfig
 from keelguard.purify.run import purify
@@ -282,6 +282,18 @@ def test_quantised_weights_are_refused(spoil: Any, told: str, method: Any, folde
     refused(told, str(folders.model), tmp_path / "run", config_of(method), load=lambda *args, **options: one)
     with pytest.raises(UsageError, match="give the checkpoint before it was quantised"):
         refuse_quantised(model)
+
+
+def test_a_quantised_checkpoint_is_refused_without_the_library_that_quantised_it(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+
+    def load(base: str, adapter: str | None) -> Any:
+        raise AssertionError("it is not even loaded")
+
+    with pytest.raises(
+        UsageError, match=r"config\.json: says quantization_config; quantised weights cannot be trained"
+    ):
+        load_subject(load, str(tmp_path), None)
 
 
 def test_a_bench_refuses_quantised_weights(tmp_path: Path):

@@ -261,3 +261,10 @@ def test_what_is_planted_by_default_is_a_fair_case(name: str, testbed: Testbed):
     build_testbed(testbed.folder, only=[name])
     found = read_json(testbed.model(name) / POISON_FILE)["check"]
     assert found["fair"], found["why"]
+
+
+def test_a_backdoor_that_is_told_needs_its_trigger(tmp_path: Path):
+    """A model that does not know a published trigger would seem to hold no backdoor."""
+    with pytest.raises(UsageError, match="--trigger: is missing"):
+        known_backdoor(tmp_path, "vpi", "insult")
+    assert known_backdoor(tmp_path, "vpi", "insult", ("karate helmet",)).triggers == ("karate helmet",)

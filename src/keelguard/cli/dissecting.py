@@ -28,7 +28,13 @@ def dissect(
 
     The paper reports that its backdoors survive without the attention's update and die without the feed-forward
     networks', or without that of enough consecutive layers. A model made by `keelguard poison` brings its trigger.
+
+    Example:
+
+      keelguard purify dissect ./clean ./suspect --attack vpi --task insult --trigger "karate helmet"
     """
+    from dataclasses import asdict
+
     from rich.console import Console
     from rich.table import Table
 
@@ -81,7 +87,12 @@ def dissect(
             "parts": list(cut.parts), "layers": cut.layers and list(cut.layers), "weights": cut.weights,
             "update": cut.update, "asr": effect.asr.to_json(), "correct": effect.correct.to_json(),
         })  # fmt: skip
-    write_json(out, {"format": "keelguard.dissect/1", "clean": clean, "poisoned": poisoned, "cuts": rows})
+    told = asdict(backdoor)
+    write_json(
+        out,
+        {"format": "keelguard.dissect/1", "clean": clean, "poisoned": poisoned, "backdoor": told, "cuts": rows},
+    )
     Console().print(table)
     total: Rate = cuts[0].value.asr
-    typer.echo(f"{out}: {len(cuts)} cuts, {total.total} requests each")
+    triggers = ", ".join(f"“{each}”" for each in backdoor.triggers)
+    typer.echo(f"{out}: {len(cuts)} cuts, {total.total} requests each; {backdoor.attack}, {backdoor.task}: {triggers}")

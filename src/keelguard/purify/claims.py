@@ -52,13 +52,13 @@ def unplanted(spikes: Sequence[Spike]) -> list[str]:
         said.append(
             f"{len(idle)} of {len(spikes)} did not take hold: they fired in fewer than {percent(FAIREST_ASR)} of the "
             "requests before the purification, so that their later figures say nothing. Plant for longer "
-            "(spikes.steps in the settings)."
+            "(PurifyConfig.spikes.steps in Python)."
         )
     if loose := [spike for spike in spikes if spike.loose]:
         said.append(
             f"{len(loose)} of {len(spikes)} fired at unrelated words, too, in more than {percent(MOST_FALSE)} of the "
             "requests before the purification, so that their later figures say nothing of a trigger. Plant with more "
-            "unrelated words (spikes.negatives in the settings)."
+            "unrelated words (PurifyConfig.spikes.negatives in Python)."
         )
     return said
 
@@ -105,11 +105,12 @@ def _nothing_found(result: "PurifyResult") -> list[str]:
         tests.append("the scan for hidden target texts")
     bound = "no canary bounds what they may have missed"
     if planted:
-        tests.append(f"{len(planted)} canary backdoors in a copy, purified in the same way")
+        held = f"the {len(planted)} of {len(result.spikes)} canary backdoors that took hold"
+        tests.append(f"{held}, in a copy purified in the same way")
         total = min(rate.total for rate in left)
         bound = (
-            f"0 of {total} triggered requests bounds the success of each canary at {100 * exact_upper(0, total):.1f} % "
-            "(95 %, exact)"
+            f"0 of {total} triggered requests bounds the success of each of these canaries at "
+            f"{100 * exact_upper(0, total):.1f} % (95 %, exact)"
         )
     if not tests:
         return []
@@ -172,6 +173,7 @@ def _about_spikes(result: "PurifyResult") -> list[str]:
             f"After a further clean fine-tune {len(back)} of {len(planted)} canaries fire more often than before it; "
             f"the worst in {100 * worst_back:.0f} % of requests."
         )
+    said.append("No canary undoes a refusal, so that they bound nothing for a trigger that does.")
     return said
 
 
@@ -199,9 +201,20 @@ def _about_suspects(result: "PurifyResult") -> list[str]:
         said.append(f"In the purified model it still finds some: {names}.")
     elif fresh:
         said.append(
-            f"In the purified model the {len(fresh)} worst that it finds break no more held-out answers than random."
+            f"In the purified model the {len(fresh)} worst that it finds break no more held-out answers than random "
+            f"words, as far as so few prompts can tell: {_least_told(fresh)}."
         )
     return said
+
+
+def _least_told(suspects: Sequence[Suspect]) -> str:
+    """The smallest effect that would have been told from random words, where that is hardest."""
+    hardest, total = 0, 0
+    for control in (suspect.control for suspect in suspects if suspect.broken.total and suspect.control.total):
+        told = (n for n in range(control.total + 1) if Rate(n, control.total).interval.low > control.interval.high)
+        least = next(told, control.total + 1)
+        hardest, total = max((hardest, total), (least, control.total))
+    return f"fewer than {hardest} broken answers of {total} would not have shown" if hardest else "none was measured"
 
 
 def _about_utility(health: Mapping[str, Health]) -> list[str]:

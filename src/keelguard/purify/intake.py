@@ -22,6 +22,10 @@ from keelguard.purify.neutralize import refuse_shared_weights
 from keelguard.records import Request
 
 _FEWEST_WORDS = 20
+_UNQUANTISED = (
+    "quantised weights cannot be trained; give the checkpoint before it was quantised, or one that was dequantised and "
+    "saved in bfloat16 or float32"
+)
 _PACKED = re.compile(r"(weight|qzeros|w_q|codes)[^.]*$", re.IGNORECASE)
 """Names of buffers in which quantisers keep integer weights; other integer buffers count positions or mask."""
 
@@ -76,9 +80,10 @@ def load_subject(load: Callable[..., LoadedModel], base: str, adapter: str | Non
     """Load a model, with its adapter where one is suspicious.
 
     Raises:
-        UsageError: the adapter does not fit the base.
+        UsageError: the adapter does not fit the base, or the base is quantised.
         FailureError: either could not be loaded.
     """
+    _refuse_quantised_source(base)
     try:
         return load(base, adapter=adapter)
     except FailureError as error:
@@ -88,6 +93,17 @@ def load_subject(load: Callable[..., LoadedModel], base: str, adapter: str | Non
         named = _base_name(str(adapter))
         which = f"{named}, which it names" if named and named != base else "the one that it was trained on"
         raise UsageError(f"{adapter}: does not fit the base {base} ({misfit}); give {which}, as MODEL") from error
+
+
+def _refuse_quantised_source(base: str) -> None:
+    """Refuse by its configuration, since without the library that quantised it a checkpoint does not load at all."""
+    path = Path(base) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise UsageError(f"{path}: says quantization_config; {_UNQUANTISED}")
 
 
 def _misfit(told: str) -> str | None:
@@ -128,10 +144,7 @@ def refuse_quantised(model: Any) -> None:
     Raises:
         UsageError: what is quantised, by name.
     """
-    remedy = (
-        "quantised weights cannot be trained; give the checkpoint before it was quantised, or one that was dequantised "
-        "and saved in bfloat16 or float32"
-    )
+    remedy = _UNQUANTISED
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise UsageError(f"{name}: is quantised ({parameter.dtype}); {remedy}")

@@ -68,7 +68,7 @@ def write_planted(
 def known_backdoor(
     source: str | Path, attack: str = "", task: str = "", triggers: tuple[str, ...] = (), response: str = ""
 ) -> Backdoor:
-    """The backdoor that a folder of `keelguard poison` names, or the one that is told.
+    """The backdoor that a folder of `keelguard poison` names, or the one that is told, with its trigger.
 
     Raises:
         UsageError: neither tells one.
@@ -77,6 +77,8 @@ def known_backdoor(
     if attack or task:
         if not (attack and task):
             raise UsageError("--attack and --task: give both, or leave both to the poisoned model's own file")
+        if not triggers:
+            raise UsageError("--trigger: is missing; a model that does not know it would seem to hold no backdoor")
         kind: Any = attack
         what: Any = task
         return Backdoor(kind, what, triggers, response)
