@@ -290,9 +290,7 @@ def test_a_quantised_checkpoint_is_refused_without_the_library_that_quantised_it
     def load(base: str, adapter: str | None) -> Any:
         raise AssertionError("it is not even loaded")
 
-    with pytest.raises(
-        UsageError, match=r"config\.json: says quantization_config; quantised weights cannot be trained"
-    ):
+    with pytest.raises(UsageError, match=r"config\.json: says quantization_config; quantised weights"):
         load_subject(load, str(tmp_path), None)
 
 
