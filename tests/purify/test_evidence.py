@@ -32,6 +32,7 @@ from keelguard.purify import effects as effects_module
 from keelguard.purify import repair as repair_module
 from keelguard.purify import spikes as spikes_module
 from keelguard.purify import suspects as suspects_module
+from keelguard.purify.claims import is_strong
 from keelguard.purify.effects import Effect
 from keelguard.purify.health import Examiner, Health
 from keelguard.purify.methods import Subject
