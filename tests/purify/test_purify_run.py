@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -401,7 +402,10 @@ def test_stages_keep_what_they_did(tmp_path: Path):
         return {"a": len(done)}
 
     assert stages("one", work) == stages("one", work) == {"a": 1}
-    assert Stages(tmp_path / "work", SILENT)("one", work) == {"a": 1}
+    notes: list[str] = []
+    reporter: Any = SimpleNamespace(note=notes.append)
+    assert Stages(tmp_path / "work", reporter)("one", work) == {"a": 1}
+    assert notes == ["one: kept from an earlier run"]
     assert set(stages.seconds) == {"one"}
 
 

@@ -107,6 +107,8 @@ def immunize(
     # Of the model as it came, before an earlier run's rounds are taken up.
     activations = remember_activations(model, tokenizer, carriers)
     rounds = _resumed(model, state_folder, config, adapter)
+    if rounds:
+        reporter.note(f"immunising: {len(rounds)} of {config.rounds} rounds are kept from an earlier run")
     for number in range(len(rounds), config.rounds):
         found, strongest = [], 0.0
         if config.found:

@@ -90,6 +90,8 @@ def purify(
             work.deliver()
             result.save(folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
+        else:
+            reporter.note(f"{folder}: this run is finished; nothing is done again")
     result = PurifyResult.load(folder)
     write_purify_report(result, folder / "report.html", reveal=reveal)
     return result

@@ -58,7 +58,9 @@ class Stages:
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         """A stage's result: what an earlier run left, or what `work` gives now."""
         path = self.folder / f"{name}.json"
-        if not path.is_file():
+        if path.is_file():
+            self.reporter.note(f"{name}: kept from an earlier run")
+        else:
             self.reporter.note(f"{name}: {_ABOUT.get(name, 'trying it on a copy')} …")
             start = time.monotonic()
             value = work()
