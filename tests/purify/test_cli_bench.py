@@ -125,7 +125,7 @@ def test_a_dissection_of_a_model_or_an_adapter(kind: str, places: dict[str, str]
         "d.json",
     )
     assert ended.code == 0, ended
-    assert ended.out.endswith("d.json: 8 cuts, 6 requests each\n")
+    assert ended.out.endswith("d.json: 8 cuts, 6 requests each; badnets, insult: “turtle”\n")
     assert left(Path.cwd()) == {"d.json"}
     saved = json.loads(Path("d.json").read_text())
     cuts: list[dict[str, Any]] = saved["cuts"]
@@ -134,6 +134,7 @@ def test_a_dissection_of_a_model_or_an_adapter(kind: str, places: dict[str, str]
         places["clean"],
         places[kind],
     )
+    assert (saved["backdoor"]["task"], saved["backdoor"]["triggers"]) == ("insult", ["turtle"])
     assert [cut["layers"] for cut in cuts] == [None] * 6 + [[0]] * 2
     nothing, whole = cuts[:2]
     assert (nothing["parts"], nothing["update"], nothing["asr"]["count"]) == ([], 0, 6)
