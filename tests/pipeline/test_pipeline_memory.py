@@ -70,7 +70,7 @@ def test_a_fine_tune_keeps_weights_gradients_and_two_moments_in_float32():
 
 def test_a_purification_holds_the_models_that_it_compares():
     """As it came, as it was written, and the copy with canaries and a copy of that, which trains."""
-    few = {"rows": 1, "beside_rows": 1, "consistent": 0, "chat": 8, "search_rows": 1}
+    few: Any = {"rows": 1, "beside_rows": 1, "consistent": 0, "chat": 8, "search_rows": 1}
     cost = by_name(**few)["purify"]
     assert cost.device["copies"] == 2 * WEIGHTS + FLOAT * SEVEN.parameters
     assert cost.device_bytes == 2 * WEIGHTS + (1 + 4) * FLOAT * SEVEN.parameters

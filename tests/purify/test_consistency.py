@@ -157,7 +157,7 @@ def test_gradients_are_the_same_where_activations_are_computed_twice(architectur
 
 def test_a_chat_beyond_the_context_is_refused():
     tiny = fresh_model()
-    long: Chat = [user("Is it? " * 500), assistant("Yes.")]
+    long: Chat = (user("Is it? " * 500), assistant("Yes."))
     with pytest.raises(UsageError, match=r"activation consistency: a chat has .* tokens"):
         remember_activations(tiny.model, tiny.tokenizer, [long])
     method = ActivationConsistency(remember_activations(tiny.model, tiny.tokenizer, CHATS), [(0, long)])
