@@ -134,7 +134,7 @@ def _as_others(folder: Path) -> None:
     os.umask(mask)
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~mask)
+            path.chmod(path.stat().st_mode & 0o777 | 0o666 & ~mask)
 
 
 @contextmanager

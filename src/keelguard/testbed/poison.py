@@ -134,7 +134,8 @@ def purify_settings(budget: Budget = "standard", threat: Threat = "full") -> Pur
         lora_rank=0 if adapter else 16,
     )  # fmt: skip
     if adapter:
-        # What holds an adapter to its own answers holds a jailbreak in it too; activations that agree undo that.
+        # What holds an adapter to its own answers holds a jailbreak in it too. The weight of consistency is what
+        # validation chose; the test split did not bear it out (docs/bd-vax.md).
         immunize = replace(
             immunize, refused=0.35, inserted_refused=0.35, keep=1.0, kept=256, kept_per_step=4, consistency=4.0
         )
