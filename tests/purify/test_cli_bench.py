@@ -2,6 +2,7 @@
 # ruff: noqa: F811 — tests take the fixture `run` by its name.
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MANY = Rate(16, 16)
 CHECK = PlantCheck(Effect(MANY, Rate(0, 16), Rate(0, 16), MANY, Rate(0, 16), (True,) * 16), MANY, MANY)
+PRUNED = ("magnitude-finetune", "wanda-finetune")
 ALL = "attention + mlp + embeddings +"
 """How the printed name of all parts begins, before it is folded."""
 
@@ -101,6 +103,19 @@ def test_a_bench_of_two_arms_and_the_clean_twin(places: dict[str, str], run: Run
     assert BACKDOOR.response not in html
     again = run(*command)
     assert (again.code, again.out) == (0, ended.out)
+
+
+def test_the_help_names_every_arm(run: Run) -> None:
+    told = " ".join(run("purify", "bench", "--help").out.replace("also with -finetune", " ".join(PRUNED)).split())
+    assert [arm for arm in ARMS if not re.search(rf"(?<![\w-]){arm}(?![\w-])", told)] == []
+
+
+def test_a_dissection_on_a_device_that_is_not_there_is_a_failure_in_one_line(places: dict[str, str], run: Run) -> None:
+    ended = run(
+        "purify", "dissect", places["clean"], places["poisoned"], "--requests", places["held"], "--device", "moon"
+    )
+    assert (ended.code, "moon" in ended.err, ended.out) == (1, True, "")
+    assert left(Path.cwd()) == set()
 
 
 def test_a_twin_of_an_adapter_is_refused_by_name(places: dict[str, str], run: Run) -> None:

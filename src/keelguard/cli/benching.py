@@ -65,9 +65,14 @@ def bench(
 ) -> None:
     """Set the methods beside every control, on one budget of steps, for a backdoor that is known.
 
-    Controls: nothing, clean fine-tunes at three rates, random channels, the update's own norm, pruning by magnitude and
-    Wanda with and without fine-tune, 4-bit weights, CROW, the lowest scores, noise instead of triggers, implant and
-    unlearn, half of an adapter or none of it, the vaccine without restoration, and an oracle that knows the trigger.
+    Methods: immunize, vaccine, both; of an adapter retrain. Their ablations: immunize-random (no search),
+    immunize-answers (no consistency), vaccine-bare (no restoration), lowest (lowest scores), noise (its triggers set
+    nothing off).
+
+    Controls: none, finetune, finetune-low and finetune-high (a third of the rate, three times the rate), finetune-whole
+    (all weights), random (channels), magnitude and wanda (pruning, also with -finetune), quantize (4 bits), crow,
+    unlearn (implant, then unlearn); of an adapter update-norm, drop, scale and scale-finetune; and oracle, which knows
+    the trigger.
 
     Writes OUT/bench.json and OUT/report.html.
 

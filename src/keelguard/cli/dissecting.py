@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keelguard.cli.options import AllowPickle, Dtype, RemoteCode, make_reporter, testbed_data
+from keelguard.cli.options import AllowPickle, ChatTemplate, Device, Dtype, RemoteCode, make_reporter, testbed_data
 
 
 def dissect(
@@ -20,7 +20,9 @@ def dissect(
     response: Annotated[str, typer.Option(help="Its fixed response.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="Measure with at most this many requests.")] = 64,
     out: Annotated[Path, typer.Option(help="Where the cuts are written, as JSON.")] = Path("runs/dissect.json"),
+    chat_template: ChatTemplate = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     allow_pickle: AllowPickle = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -62,7 +64,10 @@ def dissect(
 
         held = held_of(testbed_data(clean, "--requests FILE"), "test", limit)
     base, adapter = resolve_sources(poisoned)
-    options: Any = {"dtype": dtype, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    options: Any = {
+        "chat_template": chat_template, "dtype": dtype, "device": device, "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     whole = load_model(base if adapter is None else clean, adapter=adapter, **options)
     model: Any = whole.model.merge_and_unload() if adapter else whole.model  # pyright: ignore[reportCallIssue]
     origin = parameters_by_name(load_model(clean, **options).model)

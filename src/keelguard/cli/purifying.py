@@ -49,8 +49,8 @@ purify_app = typer.Typer(
     cls=_ModelFirst,
     no_args_is_help=True,
     help="Remove unknown backdoors from a model or an adapter, and show evidence.\n\n"
-    "[bold]keelguard purify MODEL --clean-data FILE --out RUN[/bold] purifies; "
-    "[bold]keelguard purify model --help[/bold] lists its options.",
+    "[bold]keelguard purify MODEL --clean-data FILE --out RUN[/bold] purifies, and is short for "
+    "[bold]keelguard purify model MODEL …[/bold]; [bold]keelguard purify model --help[/bold] lists its options.",
     rich_markup_mode="rich",
 )
 
