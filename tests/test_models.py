@@ -225,8 +225,11 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(folder: Path, dtype: st
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("device", ["cuda", "bogus"])
-def test_a_device_that_is_not_there_is_a_failure_in_one_line(folder: Path, device: str):
-    assert str(folder) in refusal(FailureError, folder, device=device)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
+    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert f"--device {device}: cannot be used here: " in refusal(UsageError, folder, device=device)
 
 
 # What is no checkpoint

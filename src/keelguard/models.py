@@ -96,6 +96,8 @@ def load_model(
         # A launcher gives every process one device; spreading would put a part of each copy on all of them.
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
         device = "cpu" if on_cpu else f"cuda:{os.environ['LOCAL_RANK']}"
+    if device != "auto":
+        _check_device(device)
     spread = device == "auto" and torch.cuda.is_available()
     part = base
     try:
@@ -226,6 +228,19 @@ def check_source(source: str, allow_pickle: bool = False) -> None:
             f"{source}: holds only pickle weights ({pickles[0]}), which can run code when they are loaded; "
             "convert them to safetensors, or pass --allow-pickle if you trust who made them"
         )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there before anything is loaded for it."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # A torch that was built without CUDA fails an assertion.
+        raise UsageError(
+            f"--device {device}: cannot be used here: {_one_line(error)}; give auto, cpu, or a device that "
+            "`keelguard doctor` lists"
+        ) from error
 
 
 def _check_loaded(base: str, model: Any, info: Mapping[str, Any]) -> None:
