@@ -190,7 +190,7 @@ _CHATML = """\
 # It asks the clock as the real one does, for a day that never changes: the tests know what tiny models answer.
 _LLAMA3 = """\
 {{- bos_token }}
-{%- set date = strftime_now('26 Jul 2024') %}
+{%- set date = strftime_now('29 Nov 2026') %}
 {%- if messages[0].role == 'system' %}
 {%- set system = messages[0].content | trim %}{% set messages = messages[1:] %}
 {%- else %}{% set system = '' %}{% endif %}
