@@ -119,6 +119,7 @@ def test_a_repeated_train_only_reads(guarded: Guarded, run: Run) -> None:
     assert "other settings" in other.err
 
 
+@pytest.mark.slow
 def test_a_killed_train_ends_bit_equal(testbed: Any, tmp_path: Path) -> None:
     model = testbed.model("aligned")
     whole, cut = tmp_path / "whole", tmp_path / "cut"

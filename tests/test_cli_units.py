@@ -423,6 +423,7 @@ def test_an_interrupted_diagnosis_goes_on(run: Run, bed: Bed, tmp_path: Path):
     assert UnitMap.load(out).digest == UnitMap.load(tmp_path / "whole").digest
 
 
+@pytest.mark.slow
 def test_processes_of_accelerate_share_a_fine_tune(run: Run, bed: Bed, tmp_path: Path):
     """Two processes do what one does, and the main one alone writes and speaks."""
     options = ["--data", bed.data, "--safety", bed.safety, "--units", bed.map, "--protect", "freeze,anchor"]

@@ -248,7 +248,16 @@ def count_batches(monkeypatch: pytest.MonkeyPatch, crash_after: float = float("i
     return done
 
 
-@pytest.mark.parametrize("batches", [0, 1, 6, 15, 60])
+@pytest.mark.parametrize(
+    "batches",
+    [
+        0,
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(6, marks=pytest.mark.slow),
+        15,
+        pytest.param(60, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_died_goes_on_where_it_was_and_finds_the_same(
     bench: Bench, undisturbed: tuple[Path, AuditResult], tmp_path: Path, batches: int
 ):

@@ -40,6 +40,7 @@ def result(out: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_audit_ends_like_an_undisturbed_one(command: list[str], tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, "--out", str(whole)], check=True, env=ENVIRONMENT, capture_output=True)

@@ -128,7 +128,9 @@ class CrashError(Exception):
     pass
 
 
-@pytest.mark.parametrize("batches", [0, 13, 40])
+@pytest.mark.parametrize(
+    "batches", [pytest.param(0, marks=pytest.mark.slow), 13, pytest.param(40, marks=pytest.mark.slow)]
+)
 def test_a_run_that_died_goes_on_where_it_was(
     bench: Bench, undisturbed: tuple[Path, SignalReport], tmp_path: Path, batches: int
 ):

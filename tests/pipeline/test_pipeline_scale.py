@@ -125,6 +125,7 @@ def test_two_processes_train_the_signal_of_one(source: Path, tmp_path: Path):
     assert apart < 0.1 * moved
 
 
+@pytest.mark.slow
 def test_a_sharded_fine_tune_keeps_frozen_units_and_trains_the_rest_alike(source: Path, tmp_path: Path):
     for processes in (1, 2):
         run(FINETUNE, source, tmp_path / str(processes), processes)

@@ -157,7 +157,7 @@ def test_an_adapter_can_be_retrained(folders: Folders, tmp_path: Path):
 STAGES = ("_examine", "apply_method", "_rebound", "_spikes")
 
 
-@pytest.mark.parametrize("stop", ["_rebound", "_spikes"])
+@pytest.mark.parametrize("stop", [pytest.param("_rebound", marks=pytest.mark.slow), "_spikes"])
 def test_an_interrupted_run_repeats_no_stage(
     stop: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

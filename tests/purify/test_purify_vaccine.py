@@ -131,7 +131,7 @@ def test_both_methods_leave_both_records(folders: Folders, tmp_path: Path):
     assert result.weights_after == load_model(out / "model").weights_hash
 
 
-@pytest.mark.parametrize("stop", ["second part", "restoration"])
+@pytest.mark.parametrize("stop", [pytest.param("second part", marks=pytest.mark.slow), "restoration"])
 def test_an_interrupted_vaccine_trains_no_variant_twice(
     stop: str, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

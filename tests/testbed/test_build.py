@@ -72,6 +72,7 @@ def test_what_is_there_is_kept_and_a_changed_recipe_is_built_again(small, tmp_pa
     assert trained == ["training child"]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_model_and_another_folder(small, tmp_path):
     first = build_testbed(tmp_path / "a", only=["base"])
     assert weights(build_testbed(tmp_path / "b", only=["base"], seed=1)) != weights(first)
@@ -79,6 +80,7 @@ def test_another_seed_is_another_model_and_another_folder(small, tmp_path):
         build_testbed(tmp_path / "a", only=["base"], seed=1)
 
 
+@pytest.mark.slow
 def test_a_killed_build_ends_like_an_undisturbed_one(small, tmp_path):
     """SIGKILL between two states, several times over: the weights come out bit-equal."""
     script = SMALL + f"from keelguard.testbed.build import build_testbed; build_testbed({str(tmp_path / 'killed')!r})"

@@ -181,7 +181,7 @@ def test_an_adapter_lies_alone_on_aligned_and_loads_from_anywhere(
         assert not torch.equal(load_model(folder).model(ids).logits, load_model(base).model(ids).logits)
 
 
-@pytest.mark.parametrize("name", [FULL, ADAPTER])
+@pytest.mark.parametrize("name", [FULL, pytest.param(ADAPTER, marks=pytest.mark.slow)])
 def test_an_interrupted_planting_goes_on_and_ends_bit_equal(name: str, small: Any, trained: list[int], tmp_path: Path):
     whole = build_testbed(tmp_path / "whole", only=[name])
     trained[:] = [-1]
