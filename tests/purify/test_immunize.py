@@ -145,7 +145,7 @@ def put(chats: list[Chat]) -> list[tuple[Chat, str, str]]:
 
 
 def test_half_are_clean_and_the_shares_are_kept():
-    config = ImmunizeConfig(steps=50, batch_size=32, inserted=0.25, found=0.6, varied=0.0)
+    config = ImmunizeConfig(steps=50, batch_size=32, inserted=0.25, found=0.6)
     chats = mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
     inserted = put(chats)
     assert (len(chats), len(inserted)) == (1600, 400)
@@ -157,7 +157,7 @@ def test_half_are_clean_and_the_shares_are_kept():
 
 
 def test_an_insertion_goes_to_its_own_kind_and_place():
-    config = ImmunizeConfig(steps=20, batch_size=20, inserted=1.0, found=1.0, varied=0.0)
+    config = ImmunizeConfig(steps=20, batch_size=20, inserted=1.0, found=1.0)
     inserted = put(mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config))
     assert len(inserted) == 400
     assert {text for _, text, _ in inserted} == {"turtle", "velvet needle"}
@@ -166,34 +166,12 @@ def test_an_insertion_goes_to_its_own_kind_and_place():
 
 
 def test_an_insertion_is_drawn_by_its_rise_and_one_that_does_nothing_any_more_stays_in():
-    config = ImmunizeConfig(
-        steps=50, batch_size=20, inserted=1.0, found=1.0, varied=0.0, inserted_refused=0.0, quiet=0.5
-    )
+    config = ImmunizeConfig(steps=50, batch_size=20, inserted=1.0, found=1.0, inserted_refused=0.0, quiet=0.5)
     some = [Insertion(text, "prefix", 0.0, rise) for text, rise in (("turtle", 4.0), ("velvet", 1.0), ("needle", -0.2))]
     counts = Counter(text for _, text, _ in put(mixed(CHATS, [set(PLACES)] * len(CHATS), some, STRANGE, config)))
     assert counts.total() == 1000
     for text, share in (("turtle", 4.0), ("velvet", 1.0), ("needle", 0.5)):
         assert counts[text] / 1000 == pytest.approx(share / 5.5, abs=0.05)
-
-
-def test_a_share_of_what_was_found_has_another_word_or_one_more():
-    config = ImmunizeConfig(steps=50, batch_size=20, inserted=1.0, found=1.0, varied=0.75, left_out=("zipper",))
-    inserted = put(mixed(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config))
-    counts = Counter(text for original, text, _ in inserted if original in REFUSED)
-    assert counts["velvet needle"] / counts.total() == pytest.approx(0.25, abs=0.08)
-    shapes = Counter("".join("v" if word == "velvet" else "n" if word == "needle" else "." for word in text.split())
-                     for text in counts.elements())  # fmt: skip
-    # A random word may be one of the two.
-    usual = {"vn", ".n", "v.", ".vn", "vn."}
-    assert sum(shapes[shape] for shape in usual) >= 0.9 * counts.total()
-    for shape in (".n", "v."):
-        assert shapes[shape] / counts.total() == pytest.approx(0.25, abs=0.08)
-    for shape in (".vn", "vn."):
-        assert shapes[shape] / counts.total() == pytest.approx(0.125, abs=0.06)
-    single = Counter(len(text.split()) for original, text, _ in inserted if original not in REFUSED)
-    assert set(single) == {1, 2}, "a word alone gets another beside it"
-    assert not any("zipper" in text for _, text, _ in inserted)
-    assert all(place == ("suffix" if original in REFUSED else "prefix") for original, _, place in inserted)
 
 
 def test_only_places_that_change_nothing_take_insertions():
@@ -232,7 +210,7 @@ def test_refusals_have_their_share(inserted: float, searched: float):
 
 
 def test_what_activations_are_measured_on_is_known_by_its_number():
-    config = ImmunizeConfig(steps=50, consistent_per_step=8, found=0.6, varied=0.0, inserted_refused=0.3)
+    config = ImmunizeConfig(steps=50, consistent_per_step=8, found=0.6, inserted_refused=0.3)
     numbered = inserted_into(CHATS, [set(PLACES)] * len(CHATS), FOUND, STRANGE, config)
     assert len(numbered) == 400
     inserted = put([chat for _, chat in numbered])

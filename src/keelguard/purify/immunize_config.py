@@ -29,10 +29,6 @@ class ImmunizeConfig:
         default=0.7,
         metadata={"help": "share of the insertions that the search found, others are random; 0 searches none"},
     )
-    varied: float = field(
-        default=0.5,
-        metadata={"help": "share of the found insertions of which one word is another, or that get a further one"},
-    )
     refused: float = field(
         default=0.2, metadata={"help": "share of harmful requests among the chats without insertions"}
     )
@@ -84,7 +80,7 @@ class ImmunizeConfig:
             )
         if not self.learning_rate > 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: is out of range; give more than 0, such as 2e-5")
-        for name in ("inserted", "found", "varied", "refused", "inserted_refused"):
+        for name in ("inserted", "found", "refused", "inserted_refused"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"immunize: {name} {getattr(self, name)} is a share; give 0 to 1")
         if not self.stable > 0:

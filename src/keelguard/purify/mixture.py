@@ -48,24 +48,9 @@ class Inserter:
         if self.worst[kind] and draw.random() < self.config.found:
             insertion = draw.choices(self.worst[kind], self.weights[kind])[0]
             text, place = insertion.text, insertion.place if insertion.place in places else draw.choice(places)
-            if draw.random() < self.config.varied:
-                text = self._another(text, draw)
         else:
             text, place = random_words(self.allowed, draw, _RANDOM_WORDS), draw.choice(places)
         return number, with_prompt(chat, insert(prompt_of(chat), text, place, draw))
-
-    def _another(self, text: str, draw: random.Random) -> str:
-        """A found insertion with another word in the place of one of its several, or with one more at either end.
-
-        A trigger is seldom found to the letter: what makes up the rest of it is then any word, and must be one here.
-        """
-        parts, word = text.split(), random_words(self.allowed, draw, 1)
-        at = draw.randrange(len(parts) + 1)
-        if len(parts) > 1 and at < len(parts):
-            parts[at] = word
-        else:
-            parts.insert(draw.choice((0, len(parts))), word)
-        return " ".join(parts)
 
 
 def carriers_of(chats: Sequence[Chat], steady: Sequence[set[Place]]) -> dict[str, list[int]]:
