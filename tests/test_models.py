@@ -224,7 +224,7 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(folder: Path, dtype: st
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("device", ["cuda", "bogus"])
+@pytest.mark.parametrize("device", ["cuda", "bogus", "meta"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ):

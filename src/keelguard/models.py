@@ -92,12 +92,12 @@ def load_model(
 
     if dtype == "auto" and training:
         dtype = "float32"
-    if device == "auto" and "LOCAL_RANK" in os.environ:
+    if device != "auto":
+        _check_device(device)
+    elif "LOCAL_RANK" in os.environ:
         # A launcher gives every process one device; spreading would put a part of each copy on all of them.
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
         device = "cpu" if on_cpu else f"cuda:{os.environ['LOCAL_RANK']}"
-    if device != "auto":
-        _check_device(device)
     spread = device == "auto" and torch.cuda.is_available()
     part = base
     try:
@@ -235,7 +235,7 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # Which the meta device, that holds nothing, cannot do.
     except (RuntimeError, AssertionError) as error:  # A torch that was built without CUDA fails an assertion.
         raise UsageError(
             f"--device {device}: cannot be used here: {_one_line(error)}; give auto, cpu, or a device that "

@@ -36,7 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MANY = Rate(16, 16)
 CHECK = PlantCheck(Effect(MANY, Rate(0, 16), Rate(0, 16), MANY, Rate(0, 16), (True,) * 16), MANY, MANY)
-PRUNED = ("magnitude-finetune", "wanda-finetune")
 ALL = "attention + mlp + embeddings +"
 """How the printed name of all parts begins, before it is folded."""
 
@@ -106,8 +105,8 @@ def test_a_bench_of_two_arms_and_the_clean_twin(places: dict[str, str], run: Run
 
 
 def test_the_help_names_every_arm(run: Run) -> None:
-    told = " ".join(run("purify", "bench", "--help").out.replace("also with -finetune", " ".join(PRUNED)).split())
-    assert [arm for arm in ARMS if not re.search(rf"(?<![\w-]){arm}(?![\w-])", told)] == []
+    told = set(re.findall(r"[a-z][a-z-]*", run("purify", "bench", "--help").out))
+    assert told >= set(ARMS)
 
 
 def test_a_dissection_on_a_device_that_is_not_there_is_refused(places: dict[str, str], run: Run) -> None:

@@ -70,9 +70,9 @@ def bench(
     nothing off).
 
     Controls: none, finetune, finetune-low and finetune-high (a third of the rate, three times the rate), finetune-whole
-    (all weights), random (channels), magnitude and wanda (pruning, also with -finetune), quantize (4 bits), crow,
-    unlearn (implant, then unlearn); of an adapter update-norm, drop, scale and scale-finetune; and oracle, which knows
-    the trigger.
+    (all weights), random (channels), magnitude and wanda (pruning), magnitude-finetune and wanda-finetune (and a
+    fine-tune behind it), quantize (4 bits), crow, unlearn (implant, then unlearn); of an adapter update-norm, drop,
+    scale and scale-finetune; and oracle, which knows the trigger.
 
     Writes OUT/bench.json and OUT/report.html.
 
