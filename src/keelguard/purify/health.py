@@ -124,7 +124,8 @@ class Examiner:
             accidental=Rate.of([not after for before, after in zip(right, still, strict=True) if before]),
             inserted_degenerate=Rate.of([is_degenerate(text.strip()) for text in moved]),
             loss=chat_loss(loaded.model, loaded.tokenizer, self.chats),
-            divergence=gap / max(1, positions),
+            # Of a model from itself rounding may leave it a hair below nothing.
+            divergence=max(0.0, gap / max(1, positions)),
         )
 
 
